@@ -1,0 +1,136 @@
+// flashmoe._C: raw addresses in, exceptions out. Tensors are checked in flashmoe/ops.py, one level up.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "engine/cpu.h"
+#include "platform/shared_segment.h"
+#include "runtime/moe.h"
+
+namespace py = pybind11;
+using namespace flashmoe;
+
+namespace {
+
+template <class T = void>
+const T* address(uintptr_t a) {
+  return reinterpret_cast<const T*>(a);
+}
+
+std::shared_ptr<Group> make_group(const std::string& name, int ep_rank, const Limits& limits,
+                                  const std::vector<std::shared_ptr<SharedSegment>>& segments,
+                                  const std::vector<size_t>& offsets, const std::vector<int>& pids,
+                                  std::optional<uint64_t> remote_only_seed, double timeout_s, double entry_timeout_s,
+                                  int num_workers) {
+  const size_t ep_size = limits.ep_size, bytes = HeapLayout(limits).bytes;
+  if (segments.size() != ep_size || offsets.size() != ep_size || pids.size() != ep_size)
+    throw std::invalid_argument("segments, offsets and pids must have one entry for each of the " +
+                                std::to_string(ep_size) + " ranks");
+  if (ep_rank < 0 || size_t(ep_rank) >= ep_size)
+    throw std::invalid_argument("ep_rank must lie in [0, " + std::to_string(ep_size) + "), got " + std::to_string(ep_rank));
+  GroupOptions o{name, ep_rank, limits, {}, {}, pids, remote_only_seed, timeout_s, entry_timeout_s, num_workers};
+  for (size_t pe = 0; pe < ep_size; ++pe) {
+    if (offsets[pe] % HeapLayout::kAlign || offsets[pe] > segments[pe]->bytes() || segments[pe]->bytes() - offsets[pe] < bytes)
+      throw std::invalid_argument("segment of rank " + std::to_string(pe) + " must hold " + std::to_string(bytes) +
+                                  " bytes from an offset that is a multiple of " + std::to_string(HeapLayout::kAlign) +
+                                  ", got " + std::to_string(segments[pe]->bytes()) + " bytes and offset " +
+                                  std::to_string(offsets[pe]));
+    o.heaps.push_back(segments[pe]->data() + offsets[pe]);
+    o.keep.push_back(segments[pe]);
+  }
+  return std::make_shared<Group>(std::move(o));
+}
+
+std::vector<std::shared_ptr<Group>> local_team(const Limits& limits, std::optional<uint64_t> remote_only_seed,
+                                               double timeout_s, double entry_timeout_s, int num_workers,
+                                               uint64_t last_epoch) {
+  GroupOptions o;
+  o.name = "team", o.limits = limits, o.remote_only_seed = remote_only_seed;
+  o.timeout_s = timeout_s, o.entry_timeout_s = entry_timeout_s, o.num_workers = num_workers, o.last_epoch = last_epoch;
+  return make_local_team(o);
+}
+
+void forward(Group& group, uintptr_t x, int num_tokens, uintptr_t topk_ids, int topk_ids_bytes, uintptr_t topk_weights,
+             int top_k, uintptr_t gate_up_proj, uintptr_t gate_up_bias, uintptr_t down_proj, uintptr_t down_bias,
+             uintptr_t y, int hidden_size, int intermediate_size, int num_experts, int num_local_experts, int dtype,
+             int activation, bool gated, uintptr_t expert_map, int layer) {
+  if (dtype < 0 || dtype > 2) throw std::invalid_argument("dtype must be 0, 1 or 2, got " + std::to_string(dtype));
+  if (activation < 0 || activation > 3)
+    throw std::invalid_argument("activation must lie in [0, 3], got " + std::to_string(activation));
+  const ForwardArgs args{address(x), address(topk_ids), topk_ids_bytes, address<float>(topk_weights),
+                         address(gate_up_proj), address(gate_up_bias), address(down_proj), address(down_bias),
+                         reinterpret_cast<void*>(y), address<int32_t>(expert_map),
+                         num_tokens, top_k, hidden_size, intermediate_size, num_experts, num_local_experts, layer,
+                         DType(dtype), Activation(activation), gated};
+  py::gil_scoped_release release;
+  group.forward(args);
+}
+
+py::dict stats(const Group& group) {
+  const GroupStats s = group.stats();
+  py::dict bytes;
+  bytes["header"] = s.header, bytes["rows"] = s.rows, bytes["results"] = s.results, bytes["signals"] = s.signals;
+  py::dict d;
+  d["tokens_per_expert"] = s.tokens_per_expert, d["bytes_per_peer"] = bytes;
+  return d;
+}
+
+py::dict build_info() {
+  py::dict features;
+  features["host"] = true, features["cuda"] = false, features["nvshmem"] = false;
+  py::dict d;
+  d["version"] = FLASHMOE_VERSION, d["compiler"] = __VERSION__, d["cpp_standard"] = __cplusplus;
+  d["isa"] = cpu_isa(), d["features"] = features;
+  d["block_rows"] = kBlockM, d["chunk_rows"] = kChunkRows;
+  return d;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The flashmoe core. Use the flashmoe package; addresses are not checked here.";
+  py::register_exception<PeerError>(m, "PeerError", PyExc_RuntimeError);
+  m.def("build_info", &build_info);
+  m.def("read_bandwidth", &read_bandwidth_gb_s, py::arg("bytes"), py::arg("num_workers"), py::arg("repeats") = 3,
+        py::call_guard<py::gil_scoped_release>());
+  m.def("available_memory", &available_memory_bytes);
+
+  py::class_<SharedSegment, std::shared_ptr<SharedSegment>>(m, "Segment")
+      .def_static("create", &SharedSegment::create, py::arg("bytes"))
+      .def_static("attach", &SharedSegment::attach, py::arg("fd"), py::arg("bytes"))
+      .def("leak", &SharedSegment::leak)
+      .def_property_readonly("fd", &SharedSegment::fd)
+      .def_property_readonly("bytes", &SharedSegment::bytes);
+
+  py::class_<Limits>(m, "Limits")
+      .def(py::init([](int ep_size, int max_tokens, int max_wire_bytes, int max_top_k, int max_experts) {
+             if (ep_size < 1 || max_tokens < 0 || max_wire_bytes < 1 || max_top_k < 1 || max_experts < 1)
+               throw std::invalid_argument("Limits must be positive");
+             return Limits{ep_size, max_tokens, max_wire_bytes, max_top_k, max_experts};
+           }),
+           py::arg("ep_size"), py::arg("max_tokens"), py::arg("max_wire_bytes"), py::arg("max_top_k"),
+           py::arg("max_experts"))
+      .def_readonly("ep_size", &Limits::ep_size)
+      .def_readonly("max_tokens", &Limits::max_tokens)
+      .def_readonly("max_wire_bytes", &Limits::max_wire_bytes)
+      .def_readonly("max_top_k", &Limits::max_top_k)
+      .def_readonly("max_experts", &Limits::max_experts)
+      .def_property_readonly("heap_bytes", [](const Limits& l) { return HeapLayout(l).bytes; });
+
+  py::class_<Group, std::shared_ptr<Group>>(m, "Group")
+      .def(py::init(&make_group), py::arg("name"), py::arg("ep_rank"), py::arg("limits"), py::arg("segments"),
+           py::arg("offsets"), py::arg("pids"), py::arg("remote_only_seed") = py::none(), py::arg("timeout_s") = 60.0,
+           py::arg("entry_timeout_s") = 600.0, py::arg("num_workers") = 1)
+      .def("forward", &forward)
+      .def("stats", &stats)
+      .def_property_readonly("failed", &Group::failed)
+      .def_property_readonly("name", [](const Group& g) { return g.options().name; })
+      .def_property_readonly("ep_rank", [](const Group& g) { return g.options().ep_rank; })
+      .def_property_readonly("ep_size", [](const Group& g) { return g.options().limits.ep_size; })
+      .def_property_readonly("limits", [](const Group& g) { return g.options().limits; })
+      .def_property("num_workers", &Group::num_workers, &Group::set_num_workers);
+
+  m.def("local_group", &make_local_group, py::arg("num_workers") = 1);
+  m.def("local_team", &local_team, py::arg("limits"), py::arg("remote_only_seed") = py::none(),
+        py::arg("timeout_s") = 60.0, py::arg("entry_timeout_s") = 600.0, py::arg("num_workers") = 1,
+        py::arg("last_epoch") = 0);
+}

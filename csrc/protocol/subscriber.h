@@ -1,0 +1,142 @@
+// Subscriber: the one decider. It reads each source's header signal once per epoch, takes the packet's counts
+// over into local tables, and follows the chunks as they land.
+//
+// Sources are decided in canonical order: the offset of a source's rows in an expert's canonical list needs
+// the counts of all sources before it, and of no other.
+#pragma once
+
+#include "protocol/plan.h"
+#include "protocol/platform.h"
+#include "protocol/signal.h"
+
+namespace flashmoe {
+
+template <Platform P>
+class Subscriber {
+ public:
+  FLASHMOE_HD explicit Subscriber(const Context<P>& context) : c_(context) {}
+
+  FLASHMOE_HD Step step() {
+    Counters& n = *c_.ws.counters;
+    if (P::load_acquire(&n.subscriber_done)) return Step::kDone;
+    // Workers take turns in this role; two deciders for one word would be unsound (design D5).
+    if (!P::compare_exchange(&n.subscriber_lock, 0, 1)) return Step::kIdle;
+    bool progress = false;
+    while (decide_next_source()) progress = true;
+    if (follow_chunks()) progress = true;
+    P::store_release(&n.subscriber_lock, 0);
+    return progress ? Step::kProgress : Step::kIdle;
+  }
+
+  FLASHMOE_HD bool done() const { return P::load_acquire(&c_.ws.counters->subscriber_done); }
+
+  // What is being waited for from `source`, if anything: for the report of a deadline.
+  FLASHMOE_HD bool waits_for(int source, Phase& phase, uint64_t& seen) const {
+    const int known = int(P::load_acquire(&c_.ws.counters->headers_known));
+    const int i = (source - c_.call.ep_rank + c_.call.ep_size) % c_.call.ep_size;
+    if (i == 0) return false;
+    if (i >= known) {
+      phase = Phase::kHeader, seen = c_.platform.test_signal(c_.layout.header_signal_at(source));
+      return decide_header(seen, c_.call.epoch, c_.call.tag) == HeaderVerdict::kNotYet;
+    }
+    const uint32_t ready = P::load_acquire(&c_.ws.chunks_ready[i]);
+    if (ready == c_.ws.num_chunks[i]) return false;
+    phase = Phase::kChunk, seen = c_.platform.test_signal(c_.layout.chunk_signal_at(source, int(ready)));
+    return true;
+  }
+
+ private:
+  FLASHMOE_HD bool decide_next_source() {
+    Counters& n = *c_.ws.counters;
+    const int i = int(n.headers_known);
+    if (i == c_.call.ep_size) return false;
+    if (i == 0) {
+      if (!P::load_acquire(&n.plan_ready)) return false;
+      take_own_plan();
+    } else {
+      const int source = c_.call.canonical_source(i);
+      const uint64_t word = c_.platform.test_signal(c_.layout.header_signal_at(source));
+      switch (decide_header(word, c_.call.epoch, c_.call.tag)) {
+        case HeaderVerdict::kNotYet: return false;
+        case HeaderVerdict::kNoRows: take_nothing(i); break;
+        case HeaderVerdict::kRows:
+          if (!take_packet(i, source, word)) return false;
+          break;
+        case HeaderVerdict::kOtherCall: refuse(source, word, nullptr); return false;
+      }
+    }
+    P::store_release(&n.headers_known, uint32_t(i + 1));
+    return true;
+  }
+
+  FLASHMOE_HD void take_own_plan() {
+    const Call& call = c_.call;
+    const uint32_t* rows = c_.ws.segment_row + call.rank_begin[call.ep_rank];
+    for (int e = 0; e <= call.num_local_experts(); ++e) c_.ws.entry_begin[e] = rows[e] - rows[0];
+    c_.ws.packet_row[0] = rows[0];
+    take_segments(0, c_.ws.segment_signal[call.rank_begin[call.ep_rank]]);
+  }
+
+  FLASHMOE_HD void take_nothing(int i) {
+    const int experts = c_.call.num_local_experts();
+    for (int e = 0; e <= experts; ++e) c_.ws.entry_begin[i * (experts + 1) + e] = 0;
+    take_segments(i, 0);
+  }
+
+  FLASHMOE_HD bool take_packet(int i, int source, uint64_t word) {
+    const int experts = c_.call.num_local_experts();
+    const std::byte* header = c_.platform.heap() + c_.layout.header_at(c_.call.ep_rank, source);
+    const PacketHeader& packet = *reinterpret_cast<const PacketHeader*>(header);
+    if (!(packet.tag == c_.call.tag)) {
+      refuse(source, word, &packet.tag);
+      return false;
+    }
+    const uint32_t* entry_begin = header_entry_begin(header);
+    for (int e = 0; e <= experts; ++e) c_.ws.entry_begin[i * (experts + 1) + e] = entry_begin[e];
+    c_.ws.packet_row[i] = packet.result_row;
+    c_.ws.num_chunks[i] = ceil_div<uint32_t>(packet.num_slots, kChunkRows);
+    take_segments(i, packet.result_signal);
+    return true;
+  }
+
+  FLASHMOE_HD void take_segments(int i, uint32_t signal) {
+    const int experts = c_.call.num_local_experts();
+    const uint32_t* entry_begin = c_.ws.entry_begin + i * (experts + 1);
+    for (int e = 0; e < experts; ++e) {
+      const uint32_t rows = entry_begin[e + 1] - entry_begin[e];
+      c_.ws.row_offset[(i + 1) * experts + e] = c_.ws.row_offset[i * experts + e] + rows;
+      c_.ws.run_signal[i * experts + e] = signal;
+      signal += max_runs(rows);
+    }
+  }
+
+  FLASHMOE_HD bool follow_chunks() {
+    Counters& n = *c_.ws.counters;
+    const uint64_t here = make_signal(c_.call.epoch, 0);
+    bool progress = false, all = n.headers_known == uint32_t(c_.call.ep_size);
+    for (int i = 1; i < int(n.headers_known); ++i) {
+      const int source = c_.call.canonical_source(i);
+      const uint32_t before = c_.ws.chunks_ready[i];
+      uint32_t ready = before;
+      while (ready < c_.ws.num_chunks[i] &&
+             c_.platform.test_signal(c_.layout.chunk_signal_at(source, int(ready))) == here)
+        ++ready;
+      if (ready != before) P::store_release(&c_.ws.chunks_ready[i], ready), progress = true;
+      all = all && ready == c_.ws.num_chunks[i];
+    }
+    if (all) P::store_release(&n.subscriber_done, 1);
+    return progress || all;
+  }
+
+  FLASHMOE_HD void refuse(int source, uint64_t word, const CallTag* tag) {
+    Status& status = *c_.ws.status;
+    if (!P::compare_exchange(&status.claimed, 0, 1)) return;
+    status.phase = uint32_t(Phase::kHeader), status.peer = source, status.expert = -1, status.seen = word;
+    if (tag) status.peer_tag = *tag, status.has_peer_tag = 1;
+    P::store_release(&status.failure, uint32_t(Failure::kOtherCall));
+  }
+
+  Context<P> c_;
+};
+
+}  // namespace flashmoe

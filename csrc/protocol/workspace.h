@@ -1,0 +1,146 @@
+// A rank's own memory for one call: nothing here is ever touched by a peer. One table, as for the heap.
+#pragma once
+
+#include "protocol/heap_layout.h"
+#include "protocol/task.h"
+
+namespace flashmoe {
+
+// Why a call ended early. The first to notice writes it; everyone leaves the loop.
+enum class Phase : uint32_t { kNone, kHeader, kChunk, kResults, kQuiet };
+enum class Failure : uint32_t { kNone, kTimeout, kPeerDied, kPeerAborted, kOtherCall };
+
+struct Status {
+  uint32_t claimed;  // 0 → 1 by the one who fills in the rest
+  uint32_t failure;  // Failure, published last
+  uint32_t phase;
+  int32_t peer;
+  int32_t expert;  // local to `peer`, or -1
+  uint64_t seen;   // the word that was there instead
+  uint64_t waited_ns;
+  CallTag peer_tag;  // kOtherCall, where the packet had rows
+  uint32_t has_peer_tag;
+};
+
+// The counters that start every call at zero.
+struct Counters {
+  uint32_t plan_claimed, plan_ready;
+  uint32_t send_head, sends_done;
+  uint32_t subscriber_lock, headers_known, subscriber_done;
+  uint32_t scheduler_lock, scheduler_done;
+  uint32_t blocks_done;
+  uint32_t combine_head, combine_done;
+  uint64_t last_progress_ns;
+  UpQueue up;
+  DownQueue down;
+};
+
+struct Workspace {
+  Counters* counters;
+  Status* status;
+
+  // The plan of my own tokens (dispatcher). Position and row arrays are result rows, packet by packet.
+  uint32_t* segment_row;     // [num_experts + 1] first result row of each position
+  uint32_t* segment_signal;  // [num_experts + 1] first result signal of each position
+  int32_t* result_row;       // [num_tokens, top_k] result row of each pair, or -1
+  uint32_t* row_token;       // [num_tokens · top_k] token of each result row
+  uint32_t* row_slot;        // [num_tokens · top_k] its slot in the destination's inbox
+  uint32_t* slot_token;      // [min(ep_size, top_k) · num_tokens] token of each slot, destination by destination
+  uint32_t* slot_begin;      // [ep_size + 1] first slot of each destination in slot_token
+  int32_t* token_slot;       // [num_tokens] scratch: slot of the token at the destination being planned
+
+  // What the sources sent (subscriber). Sources in canonical order.
+  uint32_t* entry_begin;   // [ep_size, num_local_experts + 1] the packets' own prefix sums
+  uint32_t* row_offset;    // [ep_size + 1, num_local_experts] where a source's rows begin in the canonical list;
+                           // row i is written once, before headers_known says i
+  uint32_t* run_signal;    // [ep_size, num_local_experts] first result signal of the segment, at the source
+  uint32_t* packet_row;    // [ep_size] results row of the packet's entry 0, at the source
+  uint32_t* num_chunks;    // [ep_size]
+  uint32_t* chunks_ready;  // [ep_size] leading chunks that are here
+
+  // Row blocks (scheduler, processors).
+  uint32_t* next_block;    // [num_local_experts] blocks published so far
+  RowBlock* ring;          // [ring_blocks]
+  uint32_t* ring_free;     // [ring_blocks] sequence number of the block that may use the slot next
+  uint64_t* down_entries;  // [ring_blocks]
+  float* hidden;           // [ring_blocks, kBlockM, hidden_stride] activated up-tile outputs
+
+  // Only where peers are not mapped: what travels, until it has landed.
+  std::byte* packet_stage;  // [ep_size − 1, header_stride + inbox_stride]
+  std::byte* result_stage;  // [ring_blocks, kBlockM, row_bytes]
+
+  uint32_t ring_blocks;
+  size_t hidden_stride;  // floats
+  size_t bytes;
+
+  // Lays the table out from `base`; with a null base it only measures (`bytes`).
+  FLASHMOE_HD Workspace(const Call& call, const HeapLayout& layout, bool staged, std::byte* base) : bytes(0) {
+    const size_t ep_size = call.ep_size, local = call.num_local_experts(), experts = call.num_experts;
+    const size_t tokens = call.num_tokens, pairs = tokens * call.top_k;
+    const size_t most_rows = pairs + (ep_size - 1) * layout.max_result_rows;
+    const size_t most_blocks = most_rows / kBlockM + (local < most_rows ? local : most_rows) + 1;
+    ring_blocks = uint32_t(most_blocks < kRingBlocks ? most_blocks : kRingBlocks);
+    hidden_stride = round_up(call.intermediate_size, 16);
+
+    auto region = [&]<class T>(T*& pointer, size_t count) {
+      pointer = base ? reinterpret_cast<T*>(base + bytes) : nullptr;
+      bytes += round_up(count * sizeof(T), 64);
+    };
+    region(counters, 1);
+    region(status, 1);
+    region(segment_row, experts + 1);
+    region(segment_signal, experts + 1);
+    region(result_row, pairs);
+    region(row_token, pairs);
+    region(row_slot, pairs);
+    region(slot_token, tokens * (ep_size < size_t(call.top_k) ? ep_size : call.top_k));
+    region(slot_begin, ep_size + 1);
+    region(token_slot, tokens);
+    region(entry_begin, ep_size * (local + 1));
+    region(row_offset, (ep_size + 1) * local);
+    region(run_signal, ep_size * local);
+    region(packet_row, ep_size);
+    region(num_chunks, ep_size);
+    region(chunks_ready, ep_size);
+    region(next_block, local);
+    region(ring, ring_blocks);
+    region(ring_free, ring_blocks);
+    region(down_entries, ring_blocks);
+    region(hidden, ring_blocks * kBlockM * hidden_stride);
+    region(packet_stage, staged ? (ep_size - 1) * (layout.header_stride + layout.inbox_stride) : 0);
+    region(result_stage, staged ? ring_blocks * kBlockM * call.row_bytes() : 0);
+  }
+
+  // Before the first worker enters the call.
+  FLASHMOE_HD void reset(const Call& call, uint64_t now_ns) {
+    *counters = Counters{};
+    counters->last_progress_ns = now_ns;
+    *status = Status{};
+    for (int i = 0; i < call.ep_size; ++i) num_chunks[i] = chunks_ready[i] = 0;
+    for (int e = 0; e < call.num_local_experts(); ++e) row_offset[e] = next_block[e] = 0;
+    for (uint32_t r = 0; r < ring_blocks; ++r) ring_free[r] = r, down_entries[r] = 0;
+  }
+};
+
+// Everything a role works on.
+template <class P>
+struct Context {
+  const Call& call;
+  const HeapLayout& layout;
+  Workspace& ws;
+  P& platform;
+
+  FLASHMOE_HD std::byte* header_stage(int pe) const {
+    if (!ws.packet_stage || pe == call.ep_rank) return nullptr;
+    return ws.packet_stage + HeapLayout::peer_index(call.ep_rank, pe) * (layout.header_stride + layout.inbox_stride);
+  }
+  FLASHMOE_HD std::byte* inbox_stage(int pe, size_t slot) const {
+    std::byte* stage = header_stage(pe);
+    return stage ? stage + layout.header_stride + slot * call.row_bytes() : nullptr;
+  }
+};
+
+// What a role's step says to the loop: it did something; it has nothing to do now; it has nothing left to do.
+enum class Step : uint8_t { kIdle, kProgress, kDone };
+
+}  // namespace flashmoe

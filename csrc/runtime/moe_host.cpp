@@ -1,0 +1,230 @@
+// The host runtime: one rank's group as threads over mapped heaps.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+
+#include "engine/cpu.h"
+#include "platform/host.h"
+#include "protocol/moe_kernel.h"
+#include "runtime/check.h"
+#include "runtime/failure_report.h"
+#include "runtime/worker_pool.h"
+
+namespace flashmoe {
+namespace {
+
+static_assert(TileEngine<CpuEngine>);
+using HostKernel = MoeKernel<HostPlatform, CpuEngine>;
+
+// Zeroed memory that starts on a cache line; grows, never shrinks.
+class Buffer {
+ public:
+  std::byte* at_least(size_t bytes) {
+    if (bytes > bytes_) {
+      data_.reset();
+      bytes_ = round_up(std::max(bytes, bytes_ + bytes_ / 2), 4096);
+      data_.reset(static_cast<std::byte*>(std::aligned_alloc(4096, bytes_)));
+      if (!data_) {
+        bytes_ = 0;
+        throw std::bad_alloc();
+      }
+      std::memset(data_.get(), 0, bytes_);
+    }
+    return data_.get();
+  }
+  std::byte* data() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(std::byte* p) const { std::free(p); }
+  };
+  std::unique_ptr<std::byte, Free> data_;
+  size_t bytes_ = 0;
+};
+
+// Below this much work a second worker costs more than it brings.
+constexpr double kWorkOfOneWorker = 2e6;  // multiply-adds
+
+}  // namespace
+
+class Group::Impl {
+ public:
+  explicit Impl(GroupOptions options)
+      : options_(std::move(options)), num_workers_(options_.num_workers), layout_(options_.limits), epoch_(options_.last_epoch) {
+    if (!options_.heaps.empty()) connect();
+  }
+
+  // After a failure peers may still write to this heap: it is never given back.
+  ~Impl() {
+    if (failure_) new std::vector(options_.keep);
+  }
+
+  void forward(const ForwardArgs& args) {
+    std::lock_guard lock(mutex_);
+    if (failure_) throw PeerError(*failure_);
+    const bool alone = options_.limits.ep_size == 1;
+    check_shapes(args, options_.limits, alone && options_.keep.empty());
+    Call call = make_call(args);
+    if (alone && options_.keep.empty()) grow(call);
+
+    const bool staged = platform_->staged();
+    Workspace ws(call, layout_, staged, workspace_.at_least(Workspace(call, layout_, staged, nullptr).bytes));
+    ws.reset(call, HostPlatform::now_ns());
+    platform_->reset_sent();
+    run(call, ws);
+    if (ws.status->failure) fail(call, *ws.status);
+    take_stats(call, ws);
+  }
+
+  GroupStats stats() const {
+    std::lock_guard lock(mutex_);
+    return stats_;
+  }
+  std::optional<std::string> failed() const {
+    std::lock_guard lock(mutex_);
+    return failure_;
+  }
+  const GroupOptions& options() const { return options_; }
+  int num_workers() const { return num_workers_; }
+  void set_num_workers(int n) {
+    std::lock_guard lock(mutex_);
+    num_workers_ = std::max(1, n);
+  }
+
+ private:
+  void connect() {
+    std::unique_ptr<HostNetwork> network;
+    if (options_.remote_only_seed) network = std::make_unique<HostNetwork>(*options_.remote_only_seed);
+    platform_.emplace(options_.ep_rank, options_.heaps, options_.pids, std::move(network));
+  }
+
+  // W = 1 needs no arena: the heap of a lone rank follows its calls.
+  void grow(const Call& call) {
+    Limits& l = options_.limits;
+    const Limits need{1, call.num_tokens, int(call.row_bytes()), call.top_k, call.num_experts};
+    if (platform_ && need.max_tokens <= l.max_tokens && need.max_wire_bytes <= l.max_wire_bytes &&
+        need.max_top_k <= l.max_top_k && need.max_experts <= l.max_experts)
+      return;
+    l = {1, std::max(l.max_tokens, need.max_tokens), std::max(l.max_wire_bytes, need.max_wire_bytes),
+         std::max(l.max_top_k, need.max_top_k), std::max(l.max_experts, need.max_experts)};
+    layout_ = HeapLayout(l);
+    // The new table gives old words new meanings, so no old signal may survive: a fresh heap.
+    heap_ = Buffer();
+    options_.heaps = {heap_.at_least(std::max<size_t>(layout_.bytes, 1))};
+    options_.pids = {0};
+    connect();
+  }
+
+  Call make_call(const ForwardArgs& a) {
+    const int ep_size = options_.limits.ep_size;
+    ids_.resize(size_t(a.num_tokens) * a.top_k);
+    position_.resize(a.num_experts);
+    rank_begin_.resize(ep_size + 1);
+    take_placement(a, ep_size, options_.ep_rank, position_.data(), rank_begin_.data());
+    if (a.topk_ids_bytes == 8)
+      take_ids(static_cast<const int64_t*>(a.topk_ids), a, ids_.data());
+    else
+      take_ids(static_cast<const int32_t*>(a.topk_ids), a, ids_.data());
+
+    epoch_ = next_epoch(epoch_);
+    Call c{};
+    c.ep_size = ep_size, c.ep_rank = options_.ep_rank, c.epoch = epoch_;
+    c.tag = {a.layer, a.hidden_size, a.intermediate_size, a.num_experts,
+             placement_digest(position_.data(), rank_begin_.data(), a.num_experts, ep_size), uint8_t(a.dtype),
+             uint8_t(a.activation), uint8_t(a.gated), uint8_t((a.gate_up_bias ? 1 : 0) | (a.down_bias ? 2 : 0))};
+    c.num_tokens = a.num_tokens, c.top_k = a.top_k, c.num_experts = a.num_experts;
+    c.hidden_size = a.hidden_size, c.intermediate_size = a.intermediate_size;
+    c.dtype = a.dtype, c.activation = a.activation, c.gated = a.gated;
+    c.expert_position = position_.data(), c.rank_begin = rank_begin_.data();
+    c.x = static_cast<const std::byte*>(a.x), c.y = static_cast<std::byte*>(a.y);
+    c.topk_ids = ids_.data(), c.topk_weights = a.topk_weights;
+    c.gate_up_proj = static_cast<const std::byte*>(a.gate_up_proj);
+    c.gate_up_bias = static_cast<const std::byte*>(a.gate_up_bias);
+    c.down_proj = static_cast<const std::byte*>(a.down_proj);
+    c.down_bias = static_cast<const std::byte*>(a.down_bias);
+    return c;
+  }
+
+  void run(const Call& call, Workspace& ws) {
+    const CpuEngine::Problem problem{call.dtype, call.activation, call.gated, call.hidden_size, call.intermediate_size};
+    const double work = double(call.num_tokens) * call.top_k * call.hidden_size * (call.up_rows() + call.intermediate_size);
+    const int workers = work < kWorkOfOneWorker ? 1 : num_workers_;
+    const size_t scratch_bytes = round_up(CpuEngine::scratch_bytes(problem), 4096);
+    std::byte* scratch = scratch_.at_least(scratch_bytes * workers);
+    const Deadlines deadlines{uint64_t(options_.timeout_s * 1e9), uint64_t(options_.entry_timeout_s * 1e9)};
+    const Context<HostPlatform> context{call, layout_, ws, *platform_};
+    workers_.run(workers, [&](int worker) {
+      HostKernel(context, engine_, problem, deadlines, scratch + worker * scratch_bytes).run();
+    });
+  }
+
+  // Sticky: the epoch cannot be completed, so nothing that peers hold of this group can be trusted again.
+  [[noreturn]] void fail(const Call& call, const Status& status) {
+    failure_ = describe_failure(options_.name, call, status);
+    const uint64_t poison = uint64_t(status.peer + 1) << 8 | status.failure;
+    for (int pe = 0; pe < call.ep_size; ++pe)
+      if (pe != call.ep_rank) platform_->commit(pe, 0, nullptr, 0, layout_.abort_at(call.ep_rank), poison, Traffic::kSignal);
+    const uint64_t give_up = HostPlatform::now_ns() + 1'000'000'000;
+    for (uint32_t rounds = 0; !platform_->quiet() && HostPlatform::now_ns() < give_up;) HostPlatform::pause(++rounds);
+    throw PeerError(*failure_);
+  }
+
+  void take_stats(const Call& call, const Workspace& ws) {
+    const int experts = call.num_local_experts();
+    const uint32_t* rows = ws.row_offset + size_t(call.ep_size) * experts;
+    stats_.tokens_per_expert.assign(rows, rows + experts);
+    std::vector<uint64_t>* kinds[kTrafficKinds] = {&stats_.header, &stats_.rows, &stats_.results, &stats_.signals};
+    for (int kind = 0; kind < kTrafficKinds; ++kind) {
+      kinds[kind]->resize(call.ep_size);
+      for (int pe = 0; pe < call.ep_size; ++pe) (*kinds[kind])[pe] = platform_->sent(pe, Traffic(kind));
+    }
+  }
+
+  GroupOptions options_;
+  int num_workers_;
+  HeapLayout layout_;
+  uint64_t epoch_;
+  CpuEngine engine_;
+  mutable std::mutex mutex_;
+  std::optional<std::string> failure_;
+  GroupStats stats_;
+  std::vector<int32_t> ids_, position_, rank_begin_;
+  Buffer heap_, workspace_, scratch_;
+  std::optional<HostPlatform> platform_;  // after the buffers: what is under way in it reads them
+  WorkerPool workers_;
+};
+
+Group::Group(GroupOptions options) : impl_(std::make_unique<Impl>(std::move(options))) {}
+Group::~Group() = default;
+void Group::forward(const ForwardArgs& args) { impl_->forward(args); }
+GroupStats Group::stats() const { return impl_->stats(); }
+std::optional<std::string> Group::failed() const { return impl_->failed(); }
+const GroupOptions& Group::options() const { return impl_->options(); }
+int Group::num_workers() const { return impl_->num_workers(); }
+void Group::set_num_workers(int n) { impl_->set_num_workers(n); }
+
+std::shared_ptr<Group> make_local_group(int num_workers) {
+  GroupOptions options;
+  options.name = "local";
+  options.num_workers = num_workers;
+  return std::make_shared<Group>(std::move(options));
+}
+
+std::vector<std::shared_ptr<Group>> make_local_team(const GroupOptions& options) {
+  const HeapLayout layout(options.limits);
+  auto heaps = std::make_shared<std::vector<Buffer>>(options.limits.ep_size);
+  GroupOptions o = options;
+  o.heaps.clear();
+  o.pids.assign(options.limits.ep_size, 0);
+  for (Buffer& heap : *heaps) o.heaps.push_back(heap.at_least(layout.bytes));
+  o.keep = {heaps};
+  std::vector<std::shared_ptr<Group>> team;
+  for (o.ep_rank = 0; o.ep_rank < options.limits.ep_size; ++o.ep_rank) {
+    if (options.remote_only_seed) o.remote_only_seed = *options.remote_only_seed * 1000003 + o.ep_rank;
+    team.push_back(std::make_shared<Group>(o));
+  }
+  return team;
+}
+
+}  // namespace flashmoe

@@ -1,0 +1,52 @@
+#include "runtime/worker_pool.h"
+
+#include "platform/host.h"
+
+namespace flashmoe {
+namespace {
+
+// How long a helper stays awake after a call: the next layer's call usually comes soon.
+constexpr uint64_t kAwakeNs = 100'000;
+
+}  // namespace
+
+WorkerPool::~WorkerPool() {
+  stop_ = true;
+  call_.fetch_add(1, std::memory_order_release);
+  call_.notify_all();
+  for (std::thread& helper : helpers_) helper.join();
+}
+
+void WorkerPool::run(int workers, const std::function<void(int)>& work) {
+  if (workers <= 1) return work(0);
+  while (int(helpers_.size()) < workers - 1) {
+    const int worker = int(helpers_.size()) + 1;
+    const uint32_t call = call_.load(std::memory_order_relaxed);
+    helpers_.emplace_back([this, worker, call] { help(worker, call); });
+  }
+  work_ = &work;
+  active_ = workers;
+  // Every helper passes through every call, also one that has no part in it: so none can miss the next.
+  busy_.store(int(helpers_.size()), std::memory_order_relaxed);
+  call_.fetch_add(1, std::memory_order_release);
+  call_.notify_all();
+  work(0);
+  for (uint32_t rounds = 0; busy_.load(std::memory_order_acquire);) HostPlatform::pause(++rounds);
+}
+
+void WorkerPool::help(int worker, uint32_t last_call) {
+  while (true) {
+    const uint64_t since = HostPlatform::now_ns();
+    uint32_t call, rounds = 0;
+    while ((call = call_.load(std::memory_order_acquire)) == last_call) {
+      HostPlatform::pause(++rounds);
+      if (HostPlatform::now_ns() - since > kAwakeNs) call_.wait(last_call, std::memory_order_acquire);
+    }
+    last_call = call;
+    if (stop_) return;
+    if (worker < active_) (*work_)(worker);
+    busy_.fetch_sub(1, std::memory_order_release);
+  }
+}
+
+}  // namespace flashmoe

@@ -1,0 +1,33 @@
+// The workers of one rank: the calling thread and as many helpers as are asked for. Helpers wait between calls,
+// first awake, then asleep.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <thread>
+#include <vector>
+
+namespace flashmoe {
+
+class WorkerPool {
+ public:
+  WorkerPool() = default;
+  ~WorkerPool();
+  WorkerPool(const WorkerPool&) = delete;
+
+  // Runs work(0) here and work(1) … work(workers - 1) on helpers; returns when all have returned.
+  void run(int workers, const std::function<void(int)>& work);
+
+ private:
+  void help(int worker, uint32_t last_call);
+
+  std::vector<std::thread> helpers_;
+  const std::function<void(int)>* work_ = nullptr;
+  int active_ = 0;  // workers of the current call
+  bool stop_ = false;
+  std::atomic<uint32_t> call_{0};
+  std::atomic<int> busy_{0};
+};
+
+}  // namespace flashmoe
