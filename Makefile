@@ -1,0 +1,86 @@
+# make run      sets up what is missing and runs a MoE layer across processes; ARGS="--model ... --ranks ..."
+# make test     C++ tests (plain, ThreadSanitizer, AddressSanitizer + UBSan), then pytest; PYTEST_ARGS="-k ..."
+# make verify   the protocol's model, exhaustively (needs the model checker `spin`)
+# make build    the extension alone           make bench   the C++ benches, into build/cpp-plain/
+# make clean    removes what was built, keeps the virtual environment
+#
+# PYTHON is the interpreter that the virtual environment VENV is made from. Stamp files make a second call quick.
+
+PYTHON ?= python3
+VENV ?= .venv
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+# Each step uses all cores by itself, and the tests measure time.
+.NOTPARALLEL:
+.PHONY: run test test-cpp test-python verify build bench clean
+
+STARTED := $(shell date +%s)
+section = @printf '\n== %3d s  %s\n' $$(($$(date +%s) - $(STARTED))) '$(1)'
+
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
+BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/*.cmake) flashmoe/_version.py \
+                $(shell find csrc -type f)
+
+run: build
+	$(BIN)/flashmoe run $(ARGS)
+
+test: test-cpp test-python
+
+build: $(VENV)/.flashmoe
+
+$(VENV)/.requirements: requirements.txt
+	$(call section,Python environment $(VENV))
+	tools/check_machine.sh $(PYTHON)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) -r $<
+	touch $@
+
+$(VENV)/.requirements-test: requirements-test.txt $(VENV)/.requirements
+	$(PIP_INSTALL) -r $<
+	touch $@
+
+# Without isolation the build uses the pinned tools above, and its folder under build/ is good for the next build.
+# setup.py first, since pip would compile silently.
+$(VENV)/.flashmoe: $(VENV)/.requirements $(BUILD_INPUTS)
+	$(call section,Extension flashmoe._C)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	$(PIP_INSTALL) --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+test-cpp: test-cpp-plain test-cpp-thread test-cpp-address
+
+# A new compiler's new warning must not stop a newcomer; our own runs treat it as an error.
+configure_cpp = $(BIN)/cmake -S . -B build/cpp-$(1) -G Ninja --log-level=WARNING \
+                -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DFLASHMOE_PYTHON=OFF -DFLASHMOE_TESTS=ON \
+                -DFLASHMOE_SANITIZE=$(filter-out plain,$(1)) -DFLASHMOE_WERROR=$(if $(CI),ON,OFF)
+
+test-cpp-%: $(VENV)/.requirements
+	$(call section,C++ tests: $*)
+	$(call configure_cpp,$*)
+	$(BIN)/cmake --build build/cpp-$*
+	$(BIN)/ctest --test-dir build/cpp-$* --output-on-failure --no-tests=error
+
+test-python: build $(VENV)/.requirements-test
+	$(call section,Python tests)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/.requirements
+	$(call configure_cpp,plain)
+	$(BIN)/cmake --build build/cpp-plain --target benches
+
+verify:
+	$(call section,Model of the protocol)
+	@if ! command -v spin >/dev/null; then \
+	  if [ "$$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then \
+	    echo "make verify needs the model checker spin; on Debian and Ubuntu: apt-get install spin" >&2; exit 1; \
+	  fi; \
+	  export DEBIAN_FRONTEND=noninteractive; \
+	  apt-get install -qq -y spin || { apt-get update -qq && apt-get install -qq -y spin; }; \
+	fi
+	docs/model/verify.sh
+
+clean:
+	rm -rf build dist flashmoe.egg-info flashmoe/_C.*.so $(VENV)/.flashmoe

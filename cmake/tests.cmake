@@ -1,0 +1,27 @@
+# tests/cpp/test_*.cpp and bench/cpp/*_bench.cpp: one program each, linked against the core.
+
+file(GLOB test_sources CONFIGURE_DEPENDS tests/cpp/test_*.cpp)
+foreach(source ${test_sources})
+  get_filename_component(name ${source} NAME_WE)
+  add_executable(${name} ${source})
+  target_include_directories(${name} PRIVATE tests/cpp)
+  flashmoe_link_core(${name})
+  add_test(NAME ${name} COMMAND ${CMAKE_SOURCE_DIR}/tools/run_cpp_test.sh $<TARGET_FILE:${name}>)
+  set_tests_properties(${name} PROPERTIES TIMEOUT 300)
+endforeach()
+
+# AVX-512's sixteen lanes on AVX2, so that their logic runs on machines without AVX-512 too.
+if(TARGET flashmoe_kernels_avx2 AND TARGET test_cpu_engine)
+  flashmoe_add_kernels(wide16 16 ${avx2})
+  target_link_libraries(test_cpu_engine PRIVATE $<TARGET_OBJECTS:flashmoe_kernels_wide16>)
+endif()
+
+add_custom_target(benches)
+file(GLOB bench_sources CONFIGURE_DEPENDS bench/cpp/*_bench.cpp)
+foreach(source ${bench_sources})
+  get_filename_component(name ${source} NAME_WE)
+  add_executable(${name} EXCLUDE_FROM_ALL ${source})
+  target_include_directories(${name} PRIVATE bench/cpp)
+  flashmoe_link_core(${name})
+  add_dependencies(benches ${name})
+endforeach()
