@@ -1,0 +1,15 @@
+"""flashmoe: a Mixture-of-Experts layer whose experts live on many processors, as one operator."""
+
+from . import distributed, routing
+from ._C import PeerError, build_info
+from ._version import __version__
+from .launch import launch
+from .module import MoE
+from .ops import check, fused_moe
+from .reference import moe_reference
+from .routing import Routing
+
+__all__ = [
+    "MoE", "PeerError", "Routing", "__version__", "build_info", "check", "distributed", "fused_moe",
+    "launch", "moe_reference", "routing",
+]  # fmt: skip

@@ -1,0 +1,241 @@
+"""The symmetric memory of all ranks of one host, mapped in each of them, and the pieces that groups take from it."""
+
+import array
+import json
+import os
+import secrets
+import select
+import socket
+import struct
+import time
+from pathlib import Path
+
+from ._C import PeerError, Segment
+from .rendezvous import Rendezvous
+
+_ALIGNMENT = 4096
+_MESSAGE_S = 5.0  # a peer sends at once when it has connected; whoever does not is none
+_ACCEPT_SLICE_S = 0.2  # how often a wait for a connection looks after the peers it waits for
+
+
+class PeerProcesses:
+    """Which process each rank is, and whether it still runs."""
+
+    def __init__(self, pids: list[int]):
+        self.pids = pids
+        self._descriptors: list[int | None] = []
+        self._gone: set[int] = set()
+        for rank, pid in enumerate(pids):
+            descriptor = None
+            if pid > 0:  # 0: a process that is not visible here; only deadlines can tell of it
+                try:
+                    descriptor = os.pidfd_open(pid)  # unlike the number, it never names another process later
+                except ProcessLookupError:
+                    self._gone.add(rank)
+                except (AttributeError, OSError):
+                    pass  # a system without it: again only deadlines
+            self._descriptors.append(descriptor)
+
+    def is_alive(self, rank: int) -> bool:
+        if rank in self._gone:
+            return False
+        descriptor = self._descriptors[rank]
+        if descriptor is None:
+            return True
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)  # readable: it has ended, even if nobody has collected it yet
+        return not poll.poll(0)
+
+    def close(self) -> None:
+        for descriptor in self._descriptors:
+            if descriptor is not None:
+                os.close(descriptor)
+        self._descriptors = [None] * len(self._descriptors)
+
+
+class Arena:
+    """One segment per rank, each mapped by every rank, and the bytes of our own that groups have taken so far.
+
+    Attributes:
+        segments: by rank of the torch world.
+        peers: by rank of the torch world.
+        num_bytes: of one segment.
+        used_bytes: taken from this rank's own segment.
+    """
+
+    def __init__(self, segments: list[Segment], peers: PeerProcesses, num_bytes: int):
+        self.segments = segments
+        self.peers = peers
+        self.num_bytes = num_bytes
+        self.used_bytes = 0
+
+    def take(self, num_bytes: int) -> int:
+        """Offset of ``num_bytes`` fresh, zeroed bytes of this rank's segment; they are never given back.
+
+        Raises:
+            RuntimeError: the arena is full.
+        """
+        needed = round_up(num_bytes)
+        if self.used_bytes + needed > self.num_bytes:
+            raise RuntimeError(
+                f"the arena is full: a group needs {needed} bytes, {self.num_bytes - self.used_bytes} of {self.num_bytes} "
+                f"are left; init() with a larger max_groups, or call flashmoe.distributed.reserve(max_groups=…)"
+            )
+        offset = self.used_bytes
+        self.used_bytes += needed
+        return offset
+
+    def close(self) -> None:
+        # Each process unmaps its own mapping; a peer that still writes does so through its own, and the memory
+        # itself goes when the last process lets go of it.
+        self.segments = []
+        self.peers.close()
+
+
+def round_up(num_bytes: int) -> int:
+    """Every group's piece starts on a page."""
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def build_arena(rendezvous: Rendezvous, num_bytes: int, timeout_s: float) -> Arena:
+    """Allocate ``num_bytes`` on every rank and map everybody's memory; a collective over the rendezvous' members.
+
+    The members are all ranks 0 … W−1 of the world. Memory is handed over as a file descriptor through a socket
+    that has a random name in the abstract namespace, to processes of the same user only.
+
+    Raises:
+        RuntimeError: ranks on several hosts, too little memory, another user's process.
+        PeerError: a rank did not come in time.
+    """
+    rank, world_size = rendezvous.rank, len(rendezvous.members)
+    hosts = rendezvous.exchange("host", _host, timeout_s)
+    for other in range(world_size):
+        if hosts[other]["boot_id"] != hosts[rank]["boot_id"]:
+            raise RuntimeError(
+                f"all ranks must run on one host: rank {rank} is on {hosts[rank]['name']}, rank {other} on "
+                f"{hosts[other]['name']} (this build reaches its peers through shared memory)"
+            )
+
+    segments: list[Segment] = []
+
+    def allocate() -> None:
+        # One rank after another: each finds out whether memory is left *after* those before it took theirs.
+        if rank > 0:
+            rendezvous.await_one("memory", rank - 1, timeout_s)
+        try:
+            segments.append(Segment.create(num_bytes))
+        except RuntimeError as error:
+            raise RuntimeError(f"rank {rank} of {world_size} on this host: {error}") from error
+
+    rendezvous.exchange("memory", allocate, timeout_s)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+
+        def listen() -> str:
+            name = "flashmoe-" + secrets.token_hex(16)
+            listener.bind("\0" + name)
+            listener.listen(world_size)
+            return name
+
+        names = rendezvous.exchange("socket", listen, timeout_s)
+
+        def hand_over() -> Arena:
+            deadline = time.monotonic() + timeout_s
+            pids = [os.getpid()] * world_size
+            for other in range(world_size):
+                if other != rank:
+                    pids[other] = _send_descriptor(rank, other, names[other], segments[0].fd, timeout_s)
+            peers = PeerProcesses(pids)
+            try:
+                received = _receive_segments(rendezvous, listener, peers, num_bytes, deadline, timeout_s)
+            except BaseException:
+                peers.close()
+                raise
+            received[rank] = segments[0]
+            return Arena([received[other] for other in range(world_size)], peers, num_bytes)
+
+        arenas: list[Arena] = []
+        rendezvous.exchange("mapped", lambda: arenas.append(hand_over()), timeout_s)
+    return arenas[0]
+
+
+def _host() -> dict[str, str]:
+    # Unlike the name, it tells apart two hosts that were cloned; ranks in two containers of one host share it.
+    return {"boot_id": Path("/proc/sys/kernel/random/boot_id").read_text().strip(), "name": socket.gethostname()}
+
+
+def _credentials(connection: socket.socket) -> tuple[int, int]:
+    size = struct.calcsize("iII")
+    pid, uid, _ = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+    return pid, uid
+
+
+def _send_descriptor(rank: int, other: int, name: str, descriptor: int, timeout_s: float) -> int:
+    """Give ``other`` our memory; return its process id."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(timeout_s)
+        try:
+            connection.connect("\0" + name)
+        except ConnectionRefusedError as error:
+            raise RuntimeError(
+                f"rank {rank} cannot reach rank {other} on this host: do they run in containers with separate network "
+                f"namespaces? ({error})"
+            ) from error
+        pid, uid = _credentials(connection)
+        if uid != os.getuid():
+            raise RuntimeError(f"rank {other} must run as user {os.getuid()}, the user of rank {rank}, got user {uid}")
+        socket.send_fds(connection, [json.dumps({"rank": rank}).encode()], [descriptor])
+        return pid
+
+
+def _receive_segments(
+    rendezvous: Rendezvous,
+    listener: socket.socket,
+    peers: PeerProcesses,
+    num_bytes: int,
+    deadline: float,
+    timeout_s: float,
+) -> dict[int, Segment]:
+    """Everybody else's memory, by rank. Whoever else connects is told nothing and disturbs nobody."""
+    received: dict[int, Segment] = {}
+    listener.settimeout(_ACCEPT_SLICE_S)
+    while True:
+        missing = [m for m in rendezvous.members if m != rendezvous.rank and m not in received]
+        if not missing:
+            return received
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError:
+            rendezvous.check_on(missing)
+            ended = [m for m in missing if not peers.is_alive(m)]
+            if ended:
+                raise PeerError(f"rank {ended[0]} has ended before it handed over its memory") from None
+            if time.monotonic() > deadline:
+                raise rendezvous.timed_out(missing, timeout_s) from None
+            continue
+        descriptors: list[int] = []
+        try:
+            with connection:
+                if _credentials(connection)[1] != os.getuid():
+                    continue
+                connection.settimeout(_MESSAGE_S)
+                # Not socket.recv_fds: it drops "close on exec", and a child program would hold on to the memory.
+                message, ancillary, _, _ = connection.recvmsg(256, socket.CMSG_LEN(4), socket.MSG_CMSG_CLOEXEC)
+                for level, kind, data in ancillary:
+                    if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                        descriptors.extend(array.array("i", data))
+            other = _sender(message) if descriptors else None
+            if other in missing:
+                received[other] = Segment.attach(descriptors[0], num_bytes)
+        except OSError:
+            continue  # a stranger that went away, or said nothing
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+
+def _sender(message: bytes) -> int | None:
+    """The rank that a message names; None if it is none of ours."""
+    try:
+        return json.loads(message)["rank"]
+    except (ValueError, KeyError, TypeError):
+        return None

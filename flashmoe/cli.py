@@ -1,0 +1,158 @@
+"""The command line: ``flashmoe run`` and ``flashmoe info``."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from . import baselines
+from ._version import __version__
+from .cores import usable_cores
+from .info import information, information_text
+from .models import SHAPES
+from .run import run
+from .run_rank import DTYPES, RunOptions
+from .settings import NUM_WORKERS_VARIABLE, REMOTE_ONLY_VARIABLE, num_workers_asked, settings_of_environment
+
+_ALL_BASELINES = "all"
+_DEFAULT_MODEL, _DEFAULT_SCALE = "qwen3-30b-a3b", 4  # a minute at most on two cores
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command of ``arguments`` (default: the program's own); return its exit code.
+
+    Raises:
+        SystemExit: with code 2 for arguments that are no command, 0 after --help.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    return options.command(options, arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="flashmoe", description="A Mixture-of-Experts layer as one operator.")
+    parser.add_argument("--version", action="version", version=f"flashmoe {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run", help="run a named layer across local processes, checked and compared",
+        description="Runs a named MoE layer on local processes, checks it against a float64 reference, times it beside "
+        "what one would use instead, and prints a table. The exit code is 1 if the result is wrong.",
+    )  # fmt: skip
+
+    def option(name: str, help: str, default: object = None, **how: object) -> None:
+        text = help if default is None else f"{help} (default: {default})"
+        run.add_argument(name, help=text, default=default, **how)
+
+    option("--model", f"shape of the layer: {', '.join(SHAPES)}", _DEFAULT_MODEL, choices=list(SHAPES), metavar="NAME")
+    option("--scale", f"divides both widths (default: {_DEFAULT_SCALE} without --model, else 1)", type=_positive, metavar="N")
+    option("--tokens", "tokens per rank", 512, type=_positive, metavar="T")
+    option("--ranks", "processes; 1 means this one alone", 2, type=_positive, metavar="W")
+    option("--dtype", "of weights and tokens: fp32, bf16 or fp16", "fp32", choices=list(DTYPES), metavar="D")
+    option("--input", "text: hidden states of the standard library's sources; random: normal noise", "text",
+           choices=["text", "random"], metavar="KIND")
+    option("--iters", "rounds of timed calls", 20, type=_positive, metavar="N")
+    option("--warmup", "untimed calls before", 2, type=_count, metavar="N")
+    option("--seconds", "about how long to time; slow contenders get fewer samples", 20.0, type=_seconds, metavar="S")
+    option("--seed", "of weights and input", 0, type=_count, metavar="N")
+    option("--remote-only", "reach peers only by puts that are delayed and reordered, as over RDMA", type=_count,
+           metavar="SEED")
+    option("--threads", "threads that compute, per rank (default: the usable cores shared out)", type=_positive,
+           metavar="N")
+    option("--baselines", f"all, none, or some of: {', '.join(baselines.NAMES)}", _ALL_BASELINES, type=_baselines,
+           metavar="LIST")
+    option("--json", "write everything there too", metavar="FILE")
+    run.set_defaults(command=_run, parser=run)
+
+    info = commands.add_parser("info", help="versions, features of the build, the machine")
+    info.add_argument("--json", action="store_true", help="as JSON")
+    info.set_defaults(command=_info)
+    return parser
+
+
+def _run(options: argparse.Namespace, arguments: list[str]) -> int:
+    started = time.time()
+    given = any(argument == "--model" or argument.startswith("--model=") for argument in arguments)
+    try:
+        shape = SHAPES[options.model].scaled(options.scale or (1 if given else _DEFAULT_SCALE))
+    except ValueError as error:
+        options.parser.error(f"argument --scale: {error}")
+    try:
+        # What the library takes from the environment becomes an option here, so that the record has it.
+        workers, remote_only = num_workers_asked(None), settings_of_environment().remote_only
+    except ValueError as error:
+        options.parser.error(str(error))
+    os.environ.pop(NUM_WORKERS_VARIABLE, None)
+    os.environ.pop(REMOTE_ONLY_VARIABLE, None)
+    if options.ranks == 1 and options.remote_only is not None:
+        options.parser.error("argument --remote-only: needs --ranks of at least 2, got 1")
+    if options.ranks > 1 and options.remote_only is None:
+        options.remote_only = remote_only
+    cores = usable_cores()
+    threads = options.threads or workers or max(1, cores // options.ranks)
+    run_options = RunOptions(
+        shape=shape, tokens=options.tokens, ranks=options.ranks, dtype=options.dtype, input=options.input,
+        iterations=options.iters, warmup=options.warmup, seconds=options.seconds, seed=options.seed,
+        remote_only=options.remote_only, threads=threads,
+        usable_threads=max(cores, threads), baselines=_chosen(options), started=started,
+    )  # fmt: skip
+    return run(run_options, options.json, ["flashmoe", *arguments])
+
+
+def _chosen(options: argparse.Namespace) -> tuple[str, ...]:
+    """The baselines of this run; one that is named must fit the number of ranks."""
+    hugging_face = [name for name in baselines.NAMES if name.startswith("hf-")]
+    possible = hugging_face if options.ranks == 1 else [*baselines.PIPELINES, baselines.ONE_PROCESS]
+    if options.baselines == _ALL_BASELINES:
+        return tuple(possible)
+    for name in options.baselines:
+        if name not in possible:
+            options.parser.error(
+                f"argument --baselines: with --ranks {options.ranks} choose from {', '.join(possible)}, got {name!r}"
+            )
+    return tuple(options.baselines)
+
+
+def _info(options: argparse.Namespace, arguments: list[str]) -> int:
+    known = information()
+    print(json.dumps(known, indent=1) if options.json else information_text(known))
+    return 0
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 0, got {text!r}")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < 1e6:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {text!r}")
+    return seconds
+
+
+def _baselines(text: str) -> str | list[str]:
+    if text == _ALL_BASELINES:
+        return text
+    names = [] if text == "none" else [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in baselines.NAMES:
+            raise argparse.ArgumentTypeError(f"must be all, none or from {', '.join(baselines.NAMES)}, got {name!r}")
+    return names
+
+
+if __name__ == "__main__":
+    sys.exit(main())

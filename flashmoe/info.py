@@ -1,0 +1,123 @@
+"""What this installation is and what it runs on, for ``flashmoe info`` and for the records of ``flashmoe run``."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import _C
+from ._version import __version__
+from .cores import usable_cores
+from .settings import Settings
+
+
+def versions() -> dict[str, str | None]:
+    """Of everything that a measurement may depend on; None: not installed."""
+    return {
+        "flashmoe": __version__,
+        "commit": commit(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "transformers": _version_of("transformers"),
+    }
+
+
+def commit() -> str | None:
+    """The commit of the checkout this package is imported from, ``-dirty`` with changes; None outside of one."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+    described = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True
+    )
+    return described.stdout.strip() or None
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores and memory, as far as this process may use them; bytes."""
+    return {
+        "processor": _processor(),
+        "architecture": platform.machine(),
+        "isa": _C.build_info()["isa"],
+        "cores": os.cpu_count(),
+        "usable_cores": usable_cores(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "available_memory_bytes": _C.available_memory(),
+        "system": f"{platform.system()} {platform.release()}",
+    }
+
+
+def information() -> dict[str, Any]:
+    """Everything ``flashmoe info`` tells. Looks for CUDA and NVSHMEM without loading them."""
+    settings = Settings()
+    return {
+        "schema": 1,
+        "versions": versions(),
+        "build": dict(_C.build_info()),
+        "machine": machine(),
+        "devices": ["cpu"],
+        "found": {
+            "cuda_in_torch": torch.version.cuda,
+            "nvidia_driver": Path("/proc/driver/nvidia/version").exists(),
+            "nvcc": shutil.which("nvcc"),
+            "nvshmem": next(
+                (f"{name} {_version_of(name)}" for name in ("nvidia-nvshmem-cu13", "nvidia-nvshmem-cu12")
+                 if _version_of(name)), None
+            ),
+        },
+        "arena_defaults": {
+            "max_tokens": settings.max_tokens,
+            "max_wire_bytes": settings.max_wire_bytes,
+            "max_top_k": settings.max_top_k,
+            "max_experts": settings.max_experts,
+            "max_groups": settings.max_groups,
+            "timeout_s": settings.timeout_s,
+            "entry_timeout_s": settings.entry_timeout_s,
+            "bytes_per_rank": {str(size): settings.arena_bytes(size) for size in (2, 8)},
+        },
+    }  # fmt: skip
+
+
+def information_text(information: dict[str, Any]) -> str:
+    """The same to read."""
+    found, build, host = information["found"], information["build"], information["machine"]
+    defaults = information["arena_defaults"]
+    arena = ", ".join(f"{bytes / 2**20:.0f} MiB a rank for {size}" for size, bytes in defaults["bytes_per_rank"].items())
+    lines = [(name, value or "not installed") for name, value in information["versions"].items() if name != "commit"]
+    lines += [
+        ("commit", information["versions"]["commit"] or "not a checkout"),
+        ("compiler", build["compiler"]),
+        ("features", ", ".join(f"{name} {'yes' if on else 'no'}" for name, on in build["features"].items())),
+        ("processor", f"{host['processor']} ({host['architecture']}), kernels for {host['isa']}"),
+        ("cores", f"{host['usable_cores']} usable of {host['cores']}"),
+        ("memory", f"{host['available_memory_bytes'] / 2**30:.1f} GiB left of {host['memory_bytes'] / 2**30:.1f}"),
+        ("devices", ", ".join(information["devices"])),
+        ("CUDA", f"torch {found['cuda_in_torch'] or 'without'}, driver {'yes' if found['nvidia_driver'] else 'no'}, "
+                 f"nvcc {found['nvcc'] or 'no'}"),
+        ("NVSHMEM", found["nvshmem"] or "not installed"),
+        ("arena", f"by default {defaults['max_tokens']} tokens of {defaults['max_wire_bytes']} bytes, "
+                  f"k {defaults['max_top_k']}, {defaults['max_groups']} groups: {arena}"),
+    ]  # fmt: skip
+    return "\n".join(f"{name:<14}{value}" for name, value in lines)
+
+
+def _version_of(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"

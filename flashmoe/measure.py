@@ -1,0 +1,183 @@
+"""Timing several ways of doing the same work on all ranks, in turns, so that a noisy machine is unfair to none."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from . import _C
+
+_PAUSE_S = 0.002  # before each turn: a thread pool of the one before may still spin
+_TURN_S = 0.004  # shorter calls are repeated until a turn lasts about this long
+_REPORT_S = 5.0
+_GEMM_SIZE = 2048
+_READ_BYTES = 256 << 20
+
+
+class Ranks:
+    """What the measuring code asks of the other ranks; a process without a torch world is alone."""
+
+    def __init__(self) -> None:
+        alone = not dist.is_initialized()
+        self.rank, self.size = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def slowest(self, seconds: Sequence[float]) -> list[float]:
+        """Element by element, the maximum over ranks."""
+        if self.size == 1:
+            return list(seconds)
+        maximum = torch.tensor(seconds, dtype=torch.float64)
+        dist.all_reduce(maximum, dist.ReduceOp.MAX)
+        return maximum.tolist()
+
+    def collect(self, rows: torch.Tensor) -> torch.Tensor | None:
+        """Everybody's ``rows`` [n, ...], one rank after the other, on rank 0; equal shapes on all ranks."""
+        if self.size == 1:
+            return rows
+        parts = [torch.empty_like(rows) for _ in range(self.size)] if self.rank == 0 else None
+        dist.gather(rows.contiguous(), parts)
+        return torch.cat(parts) if parts else None
+
+    def collect_objects(self, value: Any) -> list[Any] | None:
+        """Everybody's ``value`` on rank 0, by rank."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(value, values)
+        return values
+
+
+@dataclass
+class Contender:
+    """One way of doing the work.
+
+    Attributes:
+        call: does it once; None on a rank that has no part in it.
+        threads: what torch is told to use on this rank meanwhile.
+        samples: seconds of each timed call, the slowest rank's.
+        turns: medians of the samples of each turn, by the number of the round.
+    """
+
+    name: str
+    call: Callable[[], torch.Tensor] | None
+    threads: int
+    samples: list[float] = field(default_factory=list)
+    turns: dict[int, float] = field(default_factory=dict)
+
+    def time_once(self) -> float:
+        if self.call is None:
+            return 0.0
+        start = time.perf_counter()
+        self.call()
+        return time.perf_counter() - start
+
+
+def take_turns(
+    contenders: list[Contender],
+    ranks: Ranks,
+    iterations: int,
+    warmup: int,
+    seconds: float,
+    report: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Fill in each contender's samples: ``iterations`` rounds in which each of them has its turn.
+
+    The first one also has a turn in every round in which another has one, so that each can be compared with it.
+
+    A contender that would take more than its equal share of ``seconds`` sits out rounds, evenly spread, but is
+    sampled at least three times, or once if a single call takes longer than its share. ``report`` hears of progress
+    every few seconds.
+    """
+    share, told = seconds / len(contenders), time.monotonic()
+    plans = []
+    for contender in contenders:
+        torch.set_num_threads(contender.threads)
+        estimate, spent = math.inf, 0.0
+        for _ in range(max(1, warmup)):
+            ranks.barrier()
+            elapsed = ranks.slowest([contender.time_once()])[0]
+            estimate, spent = min(estimate, elapsed), spent + elapsed
+            if spent > share / 2:
+                break
+        at_least = 3 if estimate <= share else 1
+        turns = max(min(iterations, at_least), min(iterations, int(share / max(estimate, _TURN_S))))
+        plans.append((contender, turns, min(10, math.ceil(_TURN_S / max(estimate, 1e-6)))))
+    for number in range(iterations):
+        if time.monotonic() - told > _REPORT_S:
+            report(f"timing: round {number + 1} of {iterations}")
+            told = time.monotonic()
+        due = [plan for plan in plans if (number + 1) * plan[1] // iterations > number * plan[1] // iterations]
+        if due and plans[0] not in due:
+            due.insert(0, plans[0])
+        for contender, _, burst in due:
+            _take_turn(contender, ranks, number, burst)
+
+
+def _take_turn(contender: Contender, ranks: Ranks, number: int, burst: int) -> None:
+    torch.set_num_threads(contender.threads)
+    time.sleep(_PAUSE_S)
+    if burst > 1:  # a short call would pay for the caches that the others have filled
+        contender.time_once()
+    samples = []
+    for _ in range(burst):
+        ranks.barrier()
+        samples.append(contender.time_once())
+    samples = ranks.slowest(samples)
+    contender.samples.extend(samples)
+    contender.turns[number] = quantile(samples, 0.5)
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """Linear between the two nearest of the sorted values."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Median, 95th percentile, quartiles and count."""
+    return {
+        "p50": quantile(values, 0.5),
+        "p95": quantile(values, 0.95),
+        "quartiles": [quantile(values, 0.25), quantile(values, 0.75)],
+        "samples": len(values),
+    }
+
+
+def speedup(ours: Contender, other: Contender) -> dict[str, Any]:
+    """How many times as fast ours is: the ratio of medians, and the quartiles of the ratios round by round."""
+    ratios = [other.turns[number] / ours.turns[number] for number in other.turns if number in ours.turns]
+    return {
+        "ratio": quantile(other.samples, 0.5) / quantile(ours.samples, 0.5),
+        "ratio_quartiles": [quantile(ratios, 0.25), quantile(ratios, 0.75)],
+    }
+
+
+def gemm_gflops(threads: int) -> float:
+    """The best rate of a square float32 product by torch's BLAS with ``threads`` threads, in GFLOP/s.
+
+    Of 3 to 10 products, as many as a second allows.
+    """
+    torch.set_num_threads(threads)
+    left, right = torch.randn(2, _GEMM_SIZE, _GEMM_SIZE)
+    out = torch.mm(left, right)
+    seconds: list[float] = []
+    while len(seconds) < 3 or (len(seconds) < 10 and sum(seconds) < 1.0):
+        start = time.perf_counter()
+        torch.mm(left, right, out=out)
+        seconds.append(time.perf_counter() - start)
+    return 2 * _GEMM_SIZE**3 / min(seconds) / 1e9
+
+
+def read_gb_s(threads: int) -> float:
+    """The best rate at which ``threads`` threads read memory that no cache holds, in GB/s."""
+    return _C.read_bandwidth(_READ_BYTES, threads, 4)

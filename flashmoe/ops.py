@@ -1,0 +1,380 @@
+"""The operators: every tensor check, the torch.library registration, and nothing of the protocol.
+
+Two operators share one body. ``flashmoe::moe_local`` (group=None) is pure: one process owns every expert.
+``flashmoe::moe_ep`` is a call that all ranks of a group make together, so it is registered *effectful*: a
+compiler may not remove, merge, reorder or recompute it on one rank only. It takes its group by name.
+
+They are defined with ``Library.define`` rather than ``custom_op``, and :func:`fused_moe` steps below the
+autograd key itself when no gradient is asked for: together that is a third of the cost per call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import threading
+import weakref
+
+import torch
+from torch import Tensor
+
+from . import _C, distributed
+
+__all__ = ["fused_moe", "check"]
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ACTIVATION_CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+
+
+def fused_moe(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    *,
+    activation: str = "silu",
+    gated: bool = True,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    group=None,
+    expert_map: Tensor | None = None,
+    layer: int = 0,
+) -> Tensor:
+    """y[t] = Σ_j topk_weights[t, j] · FFN of expert topk_ids[t, j] on x[t], in float32, in the order of j.
+
+    x             [..., H] float32, bfloat16 or float16; T = the product of its leading sizes
+    topk_ids      [T, k] int32 or int64; num_experts or -1 means dropped
+    topk_weights  [T, k] floating point, used as float32
+    gate_up_proj  [E_local, 2I, H] of x's dtype, contiguous, gate rows first; [E_local, I, H] if not gated
+    down_proj     [E_local, H, I] of x's dtype, contiguous
+    activation    silu, gelu, gelu_tanh or relu; gated: act(gate) · up, else act(up)
+    gate_up_bias  [E_local, 2I] ([E_local, I] if not gated), down_bias [E_local, H], of x's dtype
+    group         None: this process owns every expert. A ProcessGroup, or its flashmoe name (inside
+                  torch.compile: the name): expert parallelism over its ranks, which must make the same calls
+                  in the same order. Ranks may bring different token counts, also none.
+    expert_map    [num_experts] int32, the rank that owns each expert; None: equal contiguous blocks. A rank's
+                  weights hold its experts in ascending order.
+    layer         a number that names the call, equal on all ranks: ranks that call different layers in one
+                  step get an error
+
+    Returns y [..., H] of x's dtype, contiguous. The forward pass only: a backward pass raises RuntimeError.
+    Raises TypeError for a wrong type or dtype, ValueError for a wrong shape, device, stride, id, or a call above
+    the group's limits (nothing is sent then), flashmoe.PeerError when a peer is late, gone, or calls another
+    layer.
+    """
+    required = isinstance(x, Tensor) and isinstance(topk_ids, Tensor) and isinstance(topk_weights, Tensor)
+    if not (required and isinstance(gate_up_proj, Tensor) and isinstance(down_proj, Tensor)):
+        _raise_not_a_tensor(
+            x=x, topk_ids=topk_ids, topk_weights=topk_weights, gate_up_proj=gate_up_proj, down_proj=down_proj
+        )
+    args = (
+        x, topk_ids, topk_weights, gate_up_proj, down_proj, gate_up_bias, down_bias, expert_map,
+        activation, gated, layer,
+    )  # fmt: skip
+    op = _MOE_LOCAL
+    if group is not None:
+        op, args = _MOE_EP, (*args, name_of_group(group))
+    if torch.compiler.is_compiling():
+        return op(*args)
+    if torch.is_grad_enabled() and _requires_grad(args):
+        return _Forward.apply(op, *args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def check() -> None:
+    """Raises flashmoe.PeerError if an earlier call left a group of this process failed; else does nothing."""
+    for group in [*_given_groups.values(), *_named_groups.values()]:
+        if group.failed:
+            raise _C.PeerError(group.failed)
+
+
+# --- checks ---------------------------------------------------------------------------------------------------
+
+
+def _raise_not_a_tensor(**arguments) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def _check(
+    x, topk_ids, topk_weights, gate_up_proj, down_proj, gate_up_bias, down_bias, expert_map, activation, gated
+) -> None:
+    """Everything about the arguments that shapes and types can say. Id values are checked where they are read."""
+    dtype = x.dtype
+    if dtype not in DTYPE_CODES:
+        raise TypeError(f"x must have dtype torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+    for name, tensor in (
+        ("gate_up_proj", gate_up_proj), ("down_proj", down_proj), ("gate_up_bias", gate_up_bias),
+        ("down_bias", down_bias),
+    ):  # fmt: skip
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} must have the dtype of x, {dtype}, got {tensor.dtype}")
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous, got strides {tuple(tensor.stride())} for shape {tuple(tensor.shape)}"
+            )
+    if topk_ids.dtype != torch.int64 and topk_ids.dtype != torch.int32:
+        raise TypeError(f"topk_ids must have dtype torch.int32 or torch.int64, got {topk_ids.dtype}")
+    if not topk_weights.dtype.is_floating_point:
+        raise TypeError(f"topk_weights must have a floating point dtype, got {topk_weights.dtype}")
+    if expert_map is not None:
+        if expert_map.dtype != torch.int32:
+            raise TypeError(f"expert_map must have dtype torch.int32, got {expert_map.dtype}")
+        if expert_map.ndim != 1 or not expert_map.is_contiguous():
+            raise ValueError(
+                f"expert_map must be contiguous with shape (num_experts,), got shape {tuple(expert_map.shape)} "
+                f"and strides {tuple(expert_map.stride())}"
+            )
+    on_cpu = x.is_cpu
+    if not on_cpu and x.device.type != "meta":  # meta: shapes alone, as a compiler asks for them
+        raise ValueError(f"x must be on the CPU: this build of flashmoe has no other device, got {x.device}")
+    for name, tensor in (
+        ("topk_ids", topk_ids), ("topk_weights", topk_weights), ("gate_up_proj", gate_up_proj),
+        ("down_proj", down_proj), ("gate_up_bias", gate_up_bias), ("down_bias", down_bias),
+        ("expert_map", expert_map),
+    ):  # fmt: skip
+        if tensor is not None and tensor.is_cpu != on_cpu:
+            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
+
+    if down_proj.ndim != 3:
+        raise ValueError(f"down_proj must have shape (E_local, H, I), got {tuple(down_proj.shape)}")
+    num_local, hidden, intermediate = down_proj.shape
+    up = 2 * intermediate if gated else intermediate
+    if gate_up_proj.shape != (num_local, up, hidden):
+        raise ValueError(
+            f"gate_up_proj must have shape (E_local, {'2I' if gated else 'I'}, H) = {(num_local, up, hidden)} "
+            f"to go with down_proj {tuple(down_proj.shape)}, got {tuple(gate_up_proj.shape)}"
+        )
+    if gate_up_bias is not None and gate_up_bias.shape != (num_local, up):
+        raise ValueError(
+            f"gate_up_bias must have shape (E_local, {'2I' if gated else 'I'}) = {(num_local, up)}, "
+            f"got {tuple(gate_up_bias.shape)}"
+        )
+    if down_bias is not None and down_bias.shape != (num_local, hidden):
+        raise ValueError(
+            f"down_bias must have shape (E_local, H) = {(num_local, hidden)}, got {tuple(down_bias.shape)}"
+        )
+    shape = x.shape
+    if len(shape) == 0 or shape[-1] != hidden:
+        raise ValueError(f"x must have shape (..., H = {hidden}) to go with down_proj, got {tuple(shape)}")
+    num_tokens = shape[0] if len(shape) == 2 else shape[:-1].numel()
+    ids_shape = topk_ids.shape
+    if len(ids_shape) != 2 or ids_shape[0] != num_tokens or ids_shape[1] == 0:
+        given_k = ids_shape[1] if len(ids_shape) == 2 and ids_shape[1] != 0 else None
+        weights_k = topk_weights.shape[1] if topk_weights.ndim == 2 else "k"
+        raise ValueError(
+            f"topk_ids must have shape (T, k) = ({num_tokens}, {given_k or weights_k}), got {tuple(ids_shape)}"
+        )
+    if topk_weights.shape != ids_shape:
+        raise ValueError(
+            f"topk_weights must have shape (T, k) = {tuple(ids_shape)}, got {tuple(topk_weights.shape)}"
+        )
+    if activation not in ACTIVATION_CODES:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATION_CODES)}, got {activation!r}")
+
+
+# --- groups ---------------------------------------------------------------------------------------------------
+
+# Groups given as objects, by the name they got here; groups looked up by name, for check().
+_given_groups: weakref.WeakValueDictionary[str, _C.Group] = weakref.WeakValueDictionary()
+_given_names: weakref.WeakKeyDictionary[_C.Group, str] = weakref.WeakKeyDictionary()
+_named_groups: weakref.WeakValueDictionary[str, _C.Group] = weakref.WeakValueDictionary()
+_given_count = itertools.count()
+
+
+def name_of_group(group) -> str:
+    """The name by which an operator finds the group: of a ProcessGroup, a flashmoe._C.Group, or the name itself.
+
+    A _C.Group is held weakly: whoever made it keeps it alive.
+    """
+    if isinstance(group, str):
+        return group
+    if isinstance(group, _C.Group):
+        name = _given_names.get(group)
+        if name is None:
+            name = _given_names.setdefault(group, f"{group.name}#{next(_given_count)}")
+            _given_groups[name] = group
+        return name
+    return distributed.group_name(group)
+
+
+def group_of_name(name: str) -> _C.Group:
+    group = _given_groups.get(name)
+    if group is None:
+        group = _named_groups[name] = distributed.group_of(name)
+    return group
+
+
+class _LocalGroup:
+    """The one process-wide group of group=None: made at first use, one call at a time, made anew after a fork."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.group: _C.Group | None = None
+        self.num_workers: int | None = None  # None: as many as torch has threads
+
+    def acquire(self) -> _C.Group:
+        """The group, with as many workers as torch has threads now. The caller holds the lock."""
+        num_workers = self.num_workers or torch.get_num_threads()
+        if self.group is None:
+            setting = os.environ.get("FLASHMOE_NUM_WORKERS")
+            if setting is not None:
+                if not (setting.isdigit() and int(setting) > 0):
+                    raise ValueError(f"FLASHMOE_NUM_WORKERS must be a positive integer, got {setting!r}")
+                num_workers = self.num_workers = int(setting)
+            self.group = _C.local_group(num_workers)
+        elif self.group.num_workers != num_workers:
+            self.group.num_workers = num_workers
+        return self.group
+
+    def forget(self) -> None:
+        """In a forked child, whose copy of the group has no worker threads and perhaps a lock that nobody holds."""
+        if self.group is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.group))  # its destructor would wait for those threads
+        self.__init__()
+
+
+_local = _LocalGroup()
+os.register_at_fork(after_in_child=_local.forget)
+
+# Statistics belong to a group's last call. They are kept per layer by taking them down when the layer changes.
+_last_layer: dict[str | None, int] = {}
+_kept_stats: dict[tuple[str | None, int], dict] = {}
+
+
+def _switch_layer(name: str | None, group: _C.Group, layer: int) -> None:
+    last = _last_layer.get(name, layer)
+    if last != layer and last != 0:
+        _kept_stats[name, last] = group.stats()
+    _last_layer[name] = layer
+
+
+def stats_of_call(name: str | None, layer: int) -> dict | None:
+    """Statistics of the last call of that layer in this process on that group (None: the local one)."""
+    if _last_layer.get(name) != layer:
+        return _kept_stats.get((name, layer))
+    return (_local.group if name is None else group_of_name(name)).stats()
+
+
+# --- the operators --------------------------------------------------------------------------------------------
+
+
+def _forward(
+    name, group, x, topk_ids, topk_weights, gate_up_proj, down_proj, gate_up_bias, down_bias, expert_map,
+    activation, gated, layer,
+):  # fmt: skip
+    x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
+    if topk_weights.dtype != torch.float32:
+        topk_weights = topk_weights.to(torch.float32)
+    y = torch.empty_like(x)
+    num_tokens, top_k = topk_ids.shape
+    num_local, hidden, intermediate = down_proj.shape
+    _switch_layer(name, group, layer)
+    group.forward(
+        x.data_ptr(), num_tokens, topk_ids.data_ptr(), topk_ids.element_size(), topk_weights.data_ptr(), top_k,
+        gate_up_proj.data_ptr(), 0 if gate_up_bias is None else gate_up_bias.data_ptr(),
+        down_proj.data_ptr(), 0 if down_bias is None else down_bias.data_ptr(), y.data_ptr(),
+        hidden, intermediate, num_local * group.ep_size if expert_map is None else expert_map.shape[0], num_local,
+        DTYPE_CODES[x.dtype], ACTIVATION_CODES[activation], gated,
+        0 if expert_map is None else expert_map.data_ptr(), layer,
+    )  # fmt: skip
+    return y
+
+
+def _moe_local(*args):
+    _check(*args[:-1])
+    with _local.lock:
+        return _forward(None, _local.acquire(), *args)
+
+
+def _moe_ep(*args):
+    *args, name = args
+    _check(*args[:-1])
+    return _forward(name, group_of_name(name), *args)
+
+
+def _moe_fake(*args):
+    _check(*args[:10])
+    return torch.empty_like(args[0], memory_format=torch.contiguous_format)
+
+
+def _moe_backward(grad_y, like):
+    raise RuntimeError(
+        "flashmoe: the backward pass of fused_moe is not implemented; call it under torch.no_grad(), or detach "
+        "its inputs"
+    )
+
+
+class _Forward(torch.autograd.Function):
+    """Lets the forward pass run on tensors that require a gradient, and says clearly that there is no backward."""
+
+    @staticmethod
+    def forward(ctx, op, *args):
+        ctx.save_for_backward(*args[:7])
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        # Through an operator, so that tracing a backward graph succeeds and running it raises.
+        needed = ctx.needs_input_grad[1:]
+        grads = [_MOE_BACKWARD(grad_y, tensor) if need else None for tensor, need in zip(ctx.saved_tensors, needed)]
+        return None, *grads, *[None] * (len(needed) - len(grads))
+
+
+def _requires_grad(args) -> bool:
+    for tensor in args[:7]:
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
+
+
+def _autograd(op, *args):
+    if torch.is_grad_enabled() and _requires_grad(args):
+        return _Forward.apply(op, *args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def _register_effectful(op) -> None:
+    """Calls of ``op`` stay, in order: AOTAutograd threads tokens through them, and dead code elimination spares them.
+
+    torch has no public name for the former yet; this one works from 2.9 to 2.13 at least. For the latter, 2.9
+    must be told that the end of the chain of tokens is no dead code either, later versions know.
+    """
+    from torch._higher_order_ops.effects import _EffectType, _register_effectful_op, with_effects
+
+    _register_effectful_op(op, _EffectType.ORDERED)
+    for kept in (op, with_effects, torch.ops.prims._sink_tokens.default):
+        torch.fx.node.has_side_effect(kept)
+
+
+def _define(name: str, schema: str, implementation, fake, autograd: bool):
+    _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    op = getattr(torch.ops.flashmoe, name).default
+    # Not under "CPU": tensors of another device get our message instead of the dispatcher's.
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"flashmoe::{name}", fake, lib=_library)
+    if autograd:
+        _library.impl(name, lambda *args: _autograd(op, *args), "Autograd")
+    return op
+
+
+_MOE_SCHEMA = (
+    "(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor gate_up_proj, Tensor down_proj, Tensor? gate_up_bias, "
+    "Tensor? down_bias, Tensor? expert_map, str activation, bool gated, int layer{}) -> Tensor"
+)
+_library = torch.library.Library("flashmoe", "DEF")
+_MOE_LOCAL = _define("moe_local", _MOE_SCHEMA.format(""), _moe_local, _moe_fake, autograd=True)
+_MOE_EP = _define("moe_ep", _MOE_SCHEMA.format(", str group"), _moe_ep, _moe_fake, autograd=True)
+_MOE_BACKWARD = _define(
+    "moe_backward", "(Tensor grad_y, Tensor like) -> Tensor", _moe_backward, lambda _, like: torch.empty_like(like),
+    autograd=False,
+)  # fmt: skip
+_register_effectful(_MOE_EP)

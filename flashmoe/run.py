@@ -1,0 +1,148 @@
+"""``flashmoe run``: one named MoE layer on local processes, checked, timed and compared; a record and an exit code."""
+
+import dataclasses
+import json
+import math
+import time
+import traceback
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from . import report
+from ._C import available_memory
+from .info import machine, versions
+from .launch import launch
+from .models import LayerShape
+from .run_rank import DTYPES, RunOptions, run_rank
+from .settings import Settings
+
+_PROCESS_BYTES = 400 << 20  # Python, torch, transformers and the buffers of the measurement itself
+
+
+class NotEnoughMemory(RuntimeError):
+    """The run would not fit into this machine's memory."""
+
+
+def run(options: RunOptions, json_file: str | None, command: list[str]) -> int:
+    """Run, print, write ``json_file``; return the exit code."""
+    record: dict[str, Any] = {
+        "schema": 1,
+        "ok": False,
+        "failure": None,
+        "command": command,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "machine": machine(),
+        "shape": dataclasses.asdict(options.shape),
+        "run": {
+            **{name: getattr(options, name) for name in ("ranks", "tokens", "dtype", "input", "threads", "seed")},
+            **{name: getattr(options, name) for name in ("iterations", "warmup", "seconds", "remote_only")},
+            "transport": _transport(options),
+        },
+    }
+    print(report.head(record), flush=True)
+    try:
+        check_memory(options)
+        record |= _measure(options)
+        print("\n" + report.body(record) + "\n", flush=True)
+        record["failure"] = failure_of(record["error"])
+    except NotEnoughMemory as shortage:
+        record["failure"] = str(shortage)
+    except Exception as error:
+        traceback.print_exc()
+        record["failure"] = f"{type(error).__name__}: {error}"
+    record["ok"] = record["failure"] is None
+    record["elapsed_seconds"] = time.time() - options.started
+    if json_file is not None:
+        try:
+            Path(json_file).write_text(json.dumps(_finite(record), indent=1, allow_nan=False) + "\n")
+        except OSError as error:
+            record["ok"], record["failure"] = False, f"cannot write {json_file}: {error.strerror}"
+    print(report.verdict(record) if record["ok"] else f"FAILED {record['failure']}", flush=True)
+    return 0 if record["ok"] else 1
+
+
+def failure_of(error: dict[str, Any]) -> str | None:
+    """Why a result with these errors is not to be trusted, or None."""
+    place = f"rank {error['worst']['rank']}, token {error['worst']['token']}"
+    if not error["finite"]:
+        return "the result is not finite"
+    if not error["relative"] <= error["bound"]:
+        return f"relative error {error['relative']:.2e} is above its bound {error['bound']:.2e} ({place})"
+    if not error["bitwise_repeat"]:
+        return "a second call with the same inputs gave other bits"
+    return None
+
+
+def bytes_needed(options: RunOptions, shape: LayerShape) -> int:
+    """About how much memory the run takes on this machine: weights, symmetric memory, rows and the processes."""
+    itemsize, tokens = DTYPES[options.dtype].itemsize, options.tokens
+    # Rank 0 also holds the experts of the others, for the reference and for the run in one process.
+    copies = 2 - 1 / options.ranks
+    weights = int(copies * shape.num_experts * shape.expert_elements * itemsize)
+    reference = 8 * shape.expert_elements
+    symmetric = 0
+    if options.ranks > 1:
+        symmetric = options.ranks * Settings(**arena_sizes(options, shape)).arena_bytes(options.ranks)
+    rows = options.ranks * tokens * shape.top_k * (2 * shape.hidden_size + 2 * shape.up_rows) * max(itemsize, 4)
+    return weights + reference + symmetric + rows + options.ranks * _PROCESS_BYTES
+
+
+def check_memory(options: RunOptions) -> None:
+    """Before anything is built.
+
+    Raises:
+        NotEnoughMemory: says what is needed, what is there, and which scale would fit.
+    """
+    needed, there = bytes_needed(options, options.shape), available_memory()
+    if needed <= there:
+        return
+    shape = options.shape
+    common = math.gcd(shape.hidden_size, shape.intermediate_size)
+    fitting = next(
+        (scale for scale in range(2, common // 16 + 1)
+         if common % scale == 0 and bytes_needed(options, shape.scaled(scale)) <= there), None
+    )  # fmt: skip
+    advice = "take fewer tokens or ranks" if fitting is None else f"--scale {fitting * shape.scale} fits"
+    raise NotEnoughMemory(
+        f"not enough memory: {shape.name} at scale {shape.scale} in {options.dtype} with {options.ranks} ranks needs "
+        f"about {needed / 2**30:.1f} GiB, {there / 2**30:.1f} GiB are left; {advice}"
+    )
+
+
+def arena_sizes(options: RunOptions, shape: LayerShape) -> dict[str, int]:
+    """Arguments of ``flashmoe.distributed.init`` that fit this layer exactly."""
+    return {
+        "max_tokens": options.tokens,
+        "max_wire_bytes": shape.hidden_size * DTYPES[options.dtype].itemsize,
+        "max_top_k": shape.top_k,
+        "max_experts": shape.num_experts,
+        "max_groups": 1,
+    }
+
+
+def _measure(options: RunOptions) -> dict[str, Any]:
+    if options.ranks == 1:
+        return run_rank(options)
+    init_kwargs = {
+        **arena_sizes(options, options.shape), "num_workers": options.threads, "remote_only": options.remote_only
+    }  # fmt: skip
+    return launch(run_rank, options.ranks, options, init_kwargs=init_kwargs)[0]
+
+
+def _transport(options: RunOptions) -> str:
+    if options.ranks == 1:
+        return "one process"
+    if options.remote_only is None:
+        return "shared memory"
+    return f"delayed and reordered puts (seed {options.remote_only})"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,493 @@
+"""Ranks that are processes: the layer over them, the arena, the groups, and the ways to start them."""
+
+import multiprocessing
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import distributed_cases as cases
+import pytest
+import torch
+import torch.distributed as dist
+from rank_world import rank_processes, rank_world
+
+import flashmoe
+from flashmoe import PeerError, _C
+from flashmoe.arena import Arena, PeerProcesses, _host, build_arena
+from flashmoe.cores import share_of_cores
+from flashmoe.launch import RankError
+from flashmoe.rendezvous import Rendezvous
+
+LIMITS = dict(max_tokens=64, max_wire_bytes=512, max_top_k=4, max_experts=32, timeout_s=20.0, entry_timeout_s=20.0)
+GROUPS = [(0, 1), (2, 3), (0, 1, 2), (1, 2, 3), (0, 3)]
+
+
+@pytest.fixture(scope="module")
+def world():
+    """Four ranks with groups of two, three and four of them. Tests leave it whole."""
+    with rank_world(4, max_groups=8, num_workers=1, **LIMITS) as world:
+        world.call(cases.make_groups, *GROUPS)
+        yield world
+
+
+# --- the layer ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "ranks, tokens, problem",
+    [
+        ((0, 1), [7, 5], {}),
+        ((2, 3), [64, 1], dict(top_k=1)),
+        ((0, 1, 2), [4, 33, 9], {}),
+        ((0, 1, 2, 3), [16, 3, 64, 8], dict(top_k=4)),
+        ((0, 1, 2, 3), [5, 6, 7, 8], dict(owners=[3, 3, 1, 0, 1, 3, 3, 0, 0, 0, 3, 1])),  # rank 2 has no expert
+        ((0, 3), [12, 20], dict(one_rank=1, dropped=True)),
+        ((0, 1, 2, 3), [0, 20, 0, 0], dict(one_rank=2)),
+        ((0, 1, 2, 3), [0, 0, 0, 0], {}),
+    ],
+    ids=["two", "k1", "three", "four", "rank without expert", "hot rank, dropped", "one has tokens", "no tokens"],
+)
+def test_right_and_bitwise_equal_to_one_process_and_to_threads(world, ranks, tokens, problem, dtype):
+    world.call(cases.run_and_check, 3, ranks, tokens, ranks=ranks, dtype=dtype, threads=True, **problem)
+
+
+def test_token_counts_change_every_call_with_nothing_between(world):
+    calls = [[1, 2, 3, 4], [0, 0, 0, 9], [64, 0, 5, 0], [0, 0, 0, 0], [0, 1, 0, 0], [30, 64, 2, 7]] * 3
+    world.call(cases.many_calls, 17, (0, 1, 2, 3), calls)
+
+
+def test_groups_that_overlap(world):
+    world.call(cases.overlapping_groups, (0, 1, 2), (1, 2, 3), 6)
+
+
+def test_disjoint_groups_do_not_wait_for_each_other(world):
+    world.start((2, 3), cases.run_and_check, 5, (2, 3), [8, 8])
+    world.collect((2, 3))  # while ranks 0 and 1 have not even begun
+    world.call(cases.run_and_check, 5, (0, 1), [8, 8], ranks=(0, 1))
+
+
+def test_layers_share_a_group(world):
+    world.call(cases.several_layers, (0, 1), 3, 4, ranks=(0, 1))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 12345])
+def test_remote_only_gives_the_same_bits(world, seed):
+    """Peers reached by delayed, reordered puts alone."""
+    arguments = (9, (0, 1, 2), [10, 0, 33])
+    with rank_world(3, remote_only=seed, **LIMITS) as remote:
+        remote.call(cases.many_calls, seed, (0, 1, 2), [[4, 5, 6], [0, 7, 0], [64, 1, 0], [0, 0, 0], [2, 2, 2]] * 2)
+        through_network = remote.call(cases.result_of, *arguments)
+        assert remote.call(cases.arena)[0]["remote_only"] == seed
+    for mine, theirs in zip(through_network, world.call(cases.result_of, *arguments, ranks=(0, 1, 2)), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+# --- the arena and the groups ---------------------------------------------------------------------------------
+
+
+def test_init_again_changes_nothing(world):
+    for before, after in world.call(cases.init_twice_in_vain):
+        assert before == after
+
+
+def test_init_with_other_arguments_points_to_reserve(world):
+    world.call(cases.run_and_check, 1, (0, 1, 2, 3), [1, 1, 1, 1])
+    for outcome in world.outcomes(flashmoe.distributed.init, max_tokens=65):
+        assert outcome.kind == "RuntimeError"
+        assert "max_tokens=64" in outcome.error and "max_tokens=65" in outcome.error and "reserve()" in outcome.error
+    world.call(cases.run_and_check, 1, (0, 1, 2, 3), [1, 1, 1, 1])
+
+
+def test_arguments_must_agree(world):
+    arguments = [{}, {}, dict(max_top_k=3), {}]
+    for outcome in world.outcomes(cases.init_by_rank, arguments):
+        assert outcome.kind == "ValueError"
+        assert outcome.error == (
+            "max_top_k must be equal on all ranks, got 4 on rank 0, 4 on rank 1, 3 on rank 2, 4 on rank 3"
+        )
+
+
+def test_one_ranks_bad_argument_is_everybodys(world):
+    outcomes = world.outcomes(cases.init_by_rank, [{}, dict(max_tokens=0), {}, {}])
+    text = "max_tokens must be an integer from 1 to 2^31 - 1, got 0"
+    assert [outcome.kind for outcome in outcomes] == ["ValueError"] * 4
+    assert [outcome.error for outcome in outcomes] == [f"rank 1: {text}", text, f"rank 1: {text}", f"rank 1: {text}"]
+
+
+def test_init_and_reserve_do_not_mix(world):
+    world.start((0, 1, 2), flashmoe.distributed.init)
+    world.start((3,), flashmoe.distributed.reserve)
+    for outcome in world.collect((0, 1, 2, 3)):
+        assert outcome.kind == "ValueError" and "'reserve' on rank 3" in outcome.error
+
+
+def test_reserve_grows_once_and_groups_come_back():
+    with rank_world(2, max_groups=1, **{**LIMITS, "entry_timeout_s": 1.0}) as world:
+        world.call(cases.run_and_check, 1, (0, 1), [4, 4])
+        for outcome in world.outcomes(cases.run_and_check, 1, (0, 1), [65, 0]):
+            assert outcome.kind in ("ValueError", "PeerError")
+        # Rank 1 waits for rank 0, whose call was refused: only a new generation helps.
+        before = world.call(cases.arena)
+        world.call(flashmoe.distributed.reserve, max_tokens=100)
+        after = world.call(cases.arena)
+        assert after[0]["max_tokens"] == 100 and after[0]["max_top_k"] == 4
+        assert after[0]["generation"] == before[0]["generation"] + 1 and after[0]["bytes"] > before[0]["bytes"]
+        world.call(cases.run_and_check, 1, (0, 1), [100, 0])
+        assert len(world.call(cases.segments_mapped)[0]) == 2, "the old arena must be let go"
+        world.call(flashmoe.distributed.reserve, max_tokens=50)
+        assert world.call(cases.arena)[0]["generation"] == after[0]["generation"]
+
+
+def test_other_arguments_before_any_group_is_used():
+    with rank_world(2, max_groups=1, **LIMITS) as world:
+        world.call(flashmoe.distributed.init, max_tokens=10, max_groups=2)
+        assert world.call(cases.arena)[1]["max_tokens"] == 10
+        world.call(cases.run_and_check, 1, (0, 1), [10, 4])
+
+
+def test_a_full_arena_names_max_groups_and_reserve_helps():
+    with rank_world(3, max_groups=1, **LIMITS) as world:
+        world.call(cases.make_groups, (0, 1), (1, 2), (0, 2))
+        world.call(cases.join, (0, 1), ranks=(0, 1))
+        outcomes = world.outcomes(cases.join, (1, 2), ranks=(1, 2))
+        assert [outcome.kind for outcome in outcomes] == ["RuntimeError"] * 2
+        assert all("max_groups" in outcome.error for outcome in outcomes)
+        assert outcomes[1].error.startswith("rank 1: the arena is full")
+        world.call(flashmoe.distributed.reserve, max_groups=3)
+        world.call(cases.run_and_check, 2, (1, 2), [3, 3], ranks=(1, 2))
+        world.call(cases.run_and_check, 2, (0, 1), [3, 3], ranks=(0, 1))
+
+
+def test_ranks_that_wait_for_each_other_in_different_groups():
+    with rank_world(2, max_groups=4, **LIMITS) as world:
+        world.call(cases.make_groups, (0, 1), (1, 0))
+        begin = time.monotonic()
+        outcomes = world.outcomes(cases.join_by_rank, [(0, 1), (1, 0)])
+        assert time.monotonic() - begin < 5
+        assert [outcome.kind for outcome in outcomes] == ["PeerError"] * 2
+        assert all("mismatched groups: rank " in outcome.error for outcome in outcomes)
+
+
+def test_a_group_with_other_members_elsewhere():
+    with rank_world(3, max_groups=4, **LIMITS) as world:
+        outcomes = world.outcomes(cases.join_under_one_name, "g", [(0, 1), (0, 1, 2), (0, 1, 2)])
+        assert [outcome.kind for outcome in outcomes] == ["PeerError"] * 3
+        assert "mismatched groups: group 'g' is [0, 1] on rank 0 and [0, 1, 2] on rank 1" in outcomes[0].error
+
+
+def test_init_waits_no_longer_than_it_may():
+    with rank_world(2) as world:
+        outcome = world.outcomes(flashmoe.distributed.init, ranks=(0,), entry_timeout_s=0.5)[0]
+        assert outcome.kind == "PeerError" and "rank 0 waited 0.5 s for rank 1" in outcome.error
+        assert outcome.seconds < 3
+        # The other rank's first attempt meets one that was given up, and does not wait for it.
+        late = world.outcomes(flashmoe.distributed.init, ranks=(1,))[0]
+        assert late.kind == "PeerError" and late.error.startswith("rank 0 gave up") and late.seconds < 3
+        world.call(flashmoe.distributed.init, **LIMITS)
+        world.call(cases.run_and_check, 1, (0, 1), [3, 4])
+
+
+def test_environment_variables():
+    variables = {
+        "FLASHMOE_TIMEOUT_S": "7.5",
+        "FLASHMOE_ENTRY_TIMEOUT_S": "70",
+        "FLASHMOE_REMOTE_ONLY": "3",
+        "FLASHMOE_NUM_WORKERS": "2",
+    }
+    expected = {"timeout_s": 7.5, "entry_timeout_s": 70.0, "remote_only": 3, "num_workers": 2}
+    with rank_world(2) as world:
+        for name in variables:
+            for outcome in world.outcomes(cases.init_with_environment, {name: "soon"}):
+                assert outcome.kind == "ValueError" and name in outcome.error and "'soon'" in outcome.error
+        for arena in world.call(cases.init_with_environment, variables, max_groups=1, max_tokens=8):
+            assert {name: arena[name] for name in expected} == expected
+
+
+def test_finalize_and_init_again(world):
+    world.call(cases.run_and_check, 1, (0, 1, 2, 3), [1, 2, 3, 4])
+    world.call(flashmoe.distributed.finalize)
+    assert world.call(cases.arena) == [None] * 4
+    assert world.call(cases.segments_mapped) == [[]] * 4
+    for outcome in world.outcomes(cases.join, (0, 1, 2, 3)):
+        assert outcome.kind == "RuntimeError" and "call flashmoe.distributed.init()" in outcome.error
+    world.call(flashmoe.distributed.init, max_groups=8, num_workers=1, **LIMITS)
+    world.call(cases.run_and_check, 1, (0, 1, 2, 3), [1, 2, 3, 4])
+
+
+def test_memory_goes_to_the_ranks_alone(world):
+    mapped = world.call(cases.segments_mapped)
+    assert len(mapped[0]) == 4 and all(inodes == mapped[0] for inodes in mapped)
+    for listing in world.call(cases.descriptors_a_child_program_gets):
+        assert listing and not any("memfd" in line for line in listing)
+
+
+def test_a_forked_child_starts_afresh(world):
+    world.call(cases.run_and_check, 1, (0, 1, 2, 3), [1, 2, 3, 4])
+    assert world.call(cases.forked_child_starts_afresh) == [7] * 4
+    world.call(cases.run_and_check, 1, (0, 1, 2, 3), [1, 2, 3, 4])
+
+
+def test_group_arguments():
+    with pytest.raises(TypeError, match="group must be a torch.distributed.ProcessGroup, got int"):
+        flashmoe.distributed.group_name(3)
+    with pytest.raises(ValueError, match="NON_GROUP_MEMBER"):
+        flashmoe.distributed.group_name(dist.GroupMember.NON_GROUP_MEMBER)
+    with pytest.raises(RuntimeError, match="group 'nobody'.*no process group"):
+        flashmoe.distributed.group_of("nobody")
+    with pytest.raises(RuntimeError, match="init.. first"):
+        flashmoe.distributed.reserve(max_tokens=2)
+
+
+def test_init_without_a_launcher_says_what_is_missing(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(RuntimeError, match="lacks RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT.*torchrun.*launch"):
+        flashmoe.distributed.init()
+    assert not flashmoe.distributed.is_initialized() and flashmoe.distributed.arena() is None
+
+
+# --- shared memory --------------------------------------------------------------------------------------------
+
+
+def test_segment_cannot_shrink_under_its_users():
+    segment = _C.Segment.create(1 << 20)
+    for size in (0, 1 << 21):
+        with pytest.raises(PermissionError):
+            os.ftruncate(segment.fd, size)
+    assert os.fstat(segment.fd).st_mode & 0o777 == 0o600
+    assert os.get_inheritable(segment.fd) is False
+
+
+def test_segment_refuses_what_it_cannot_trust():
+    segment = _C.Segment.create(4096)
+    _C.Segment.attach(segment.fd, 4096)
+    with pytest.raises(RuntimeError, match="must have 8192 bytes, got 4096"):
+        _C.Segment.attach(segment.fd, 8192)
+    unsealed = os.memfd_create("unsealed")
+    try:
+        os.ftruncate(unsealed, 4096)
+        with pytest.raises(RuntimeError, match="sealed"):
+            _C.Segment.attach(unsealed, 4096)
+    finally:
+        os.close(unsealed)
+    with pytest.raises(RuntimeError, match="Bad file descriptor"):
+        _C.Segment.attach(unsealed, 4096)
+
+
+def test_segment_names_what_was_asked_and_what_there_is():
+    with pytest.raises(RuntimeError, match=r"symmetric heap: 16384.0 GiB per rank asked, [0-9.]+ .iB available"):
+        _C.Segment.create(1 << 44)
+    with pytest.raises(RuntimeError, match="got 0"):
+        _C.Segment.create(0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can start another user's process")
+def test_another_user_gets_nothing_and_disturbs_nobody():
+    """This test plays rank 1 by hand, so that others can connect to rank 0 before it does."""
+    store = dist.PrefixStore("strangers", dist.HashStore())
+    built: list[Arena] = []
+
+    def rank_0() -> None:
+        built.append(build_arena(Rendezvous(store, 0, [0, 1], "build the arena"), 1 << 16, 20.0))
+
+    thread = threading.Thread(target=rank_0)
+    thread.start()
+    by_hand = Rendezvous(store, 1, [0, 1], "build the arena")
+    memory = _C.Segment.create(1 << 16)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("\0flashmoe-test-" + secrets.token_hex(8))
+        listener.listen(1)
+        by_hand.exchange("host", lambda: _host(), 20.0)
+        by_hand.exchange("memory", lambda: None, 20.0)
+        name, _ = by_hand.exchange("socket", lambda: listener.getsockname()[1:].decode(), 20.0)
+        mine, theirs = rank_processes.Pipe()
+        process = rank_processes.Process(target=cases.be_a_stranger, args=(name, 65534, theirs))
+        process.start()
+        assert mine.poll(30), "the stranger hangs"
+        assert mine.recv() == [b""] * 4
+        process.join()
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect("\0" + name)
+            socket.send_fds(connection, [b'{"rank": 1}'], [memory.fd])
+        by_hand.exchange("mapped", lambda: None, 20.0)
+    thread.join(20)
+    assert built[0].peers.pids == [os.getpid()] * 2
+    assert str(os.fstat(memory.fd).st_ino) in cases.segments_mapped()
+    assert not any("stranger" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def test_peer_processes_know_a_zombie():
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    peers = PeerProcesses([os.getpid(), child.pid, 0])
+    assert [peers.is_alive(rank) for rank in range(3)] == [True, True, True]
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and nobody has collected it
+    assert [peers.is_alive(rank) for rank in range(3)] == [True, False, True]
+    child.communicate()
+    assert not PeerProcesses([child.pid]).is_alive(0)
+    peers.close()
+
+
+# --- agreements -----------------------------------------------------------------------------------------------
+
+
+def test_rendezvous_names_whom_it_waited_for():
+    store = dist.HashStore()
+    with pytest.raises(PeerError, match="rank 0 waited 0.1 s for ranks 1, 2 to sing"):
+        Rendezvous(store, 0, [0, 1, 2], "sing").exchange("first", lambda: 1, 0.1)
+    with pytest.raises(PeerError, match="rank 0 gave up: rank 0 waited"):
+        Rendezvous(store, 1, [0, 1, 2], "sing").exchange("second", lambda: 1, 5.0)
+
+
+def test_rendezvous_notices_an_end_but_hears_what_was_said_before():
+    store = dist.HashStore()
+    store.set("first/1", '{"value": 5}')
+    rendezvous = Rendezvous(store, 0, [0, 1], "sing", is_alive=lambda rank: False)
+    assert rendezvous.exchange("first", lambda: 4, 5.0) == [4, 5]
+    with pytest.raises(PeerError, match="rank 1 has ended while rank 0 waited for it to sing"):
+        rendezvous.exchange("second", lambda: 4, 5.0)
+
+
+def test_cores_are_shared_where_ranks_may_share_them(monkeypatch):
+    monkeypatch.setattr("flashmoe.cores.core_quota", lambda: float("inf"))
+    everywhere = list(range(8))
+    assert share_of_cores(everywhere, [everywhere] * 2) == 4
+    assert share_of_cores(everywhere, [everywhere] * 16) == 1
+    assert share_of_cores([0, 1, 2, 3], [[0, 1, 2, 3], [4, 5, 6, 7]]) == 4  # the launcher has bound them
+    assert share_of_cores([0, 1, 2], [[0, 1, 2]] * 3) == 1
+    monkeypatch.setattr("flashmoe.cores.core_quota", lambda: 3.0)
+    assert share_of_cores(everywhere, [everywhere]) == 3
+    assert share_of_cores(everywhere, [everywhere] * 2) == 1
+
+
+# --- ways to start --------------------------------------------------------------------------------------------
+
+
+def test_launch():
+    """Results by rank, arguments, the world that ranks find, and functions that cannot be imported."""
+    factor = 3
+    results = flashmoe.launch(
+        lambda x, *, y: (cases.arena()["max_tokens"], cases.rank() * factor, x + y, torch.get_num_threads()),
+        2, torch.ones(2), y=torch.full((2,), 4.0), timeout_s=120, init_kwargs=dict(max_tokens=5),
+    )  # fmt: skip
+    assert [result[:2] for result in results] == [(5, 0), (5, 3)]
+    assert all(torch.equal(result[2], torch.full((2,), 5.0)) and result[3] >= 1 for result in results)
+    assert multiprocessing.active_children() == [] or all(
+        "flashmoe rank" not in child.name for child in multiprocessing.active_children()
+    )
+
+
+def test_launch_raises_what_a_rank_raised_first():
+    """Rank 0 loses its peer because rank 1 raises: the root cause is what counts."""
+
+    def one_fails():
+        if cases.rank() == 1:
+            raise KeyError("the root cause")
+        cases.calls((0, 1), [3, 4], 1)
+
+    with pytest.raises(KeyError, match="the root cause") as raised:
+        flashmoe.launch(one_fails, 2, timeout_s=120)
+    assert isinstance(raised.value.__cause__, RankError)
+    assert str(raised.value.__cause__).startswith("rank 1 raised:") and "in one_fails" in str(raised.value.__cause__)
+
+
+def test_launch_reports_a_signal_and_ends_the_others():
+    def one_is_killed(folder):
+        Path(folder, str(os.getpid())).touch()
+        dist.barrier()
+        if cases.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(600)
+
+    with tempfile.TemporaryDirectory() as folder:
+        with pytest.raises(RankError, match="rank 1 was killed by SIGKILL"):
+            flashmoe.launch(one_is_killed, 2, folder, timeout_s=120)
+        pids = os.listdir(folder)
+        assert len(pids) == 2 and not any(Path("/proc", pid).exists() for pid in pids)
+
+
+def test_launch_ends_in_time():
+    with pytest.raises(TimeoutError, match="rank 0 had not returned after 4 s"):
+        flashmoe.launch(lambda: time.sleep(600), 1, timeout_s=4)
+
+
+def test_launch_arguments():
+    with pytest.raises(ValueError, match="nproc must be an integer of at least 1, got 0"):
+        flashmoe.launch(print, 0)
+    with pytest.raises(TypeError, match="fn must be a function, got int"):
+        flashmoe.launch(3, 1)
+    with pytest.raises(TypeError, match="cannot be sent to another process"):
+        flashmoe.launch(print, 1, threading.Lock())
+
+
+SESSION = """
+import torch.distributed, flashmoe
+offset = 10
+def helper(n): return n + offset
+def work(n): return helper(n) * 100 + torch.distributed.get_rank()
+print(flashmoe.launch(work, 2, 5, timeout_s=120))
+class Local: pass
+try: flashmoe.launch(work, 2, Local())
+except TypeError as error: print(error)
+"""
+
+
+def test_launch_where_main_is_no_file():
+    """As in a notebook: the functions exist in this session alone."""
+    session = subprocess.run(
+        [sys.executable], input=SESSION, capture_output=True, text=True, timeout=120, env=environment()
+    )
+    assert session.returncode == 0, session.stderr
+    first, second = session.stdout.splitlines()
+    assert first == "[1500, 1501]"
+    assert "class Local exists in this session alone; put it into a module file" in second
+
+
+SCRIPT = """
+import sys
+import torch, torch.distributed as dist
+import flashmoe
+
+def main():
+    flashmoe.distributed.init(max_tokens=16, max_wire_bytes=256, max_experts=8, max_top_k=2)
+    layer = flashmoe.MoE(64, 32, 8, 2, group=dist.group.WORLD)
+    with torch.no_grad():
+        y = layer(torch.randn(4 + dist.get_rank(), 64))
+    assert y.shape == (4 + dist.get_rank(), 64)
+    sys.stdout.write(f"rank {dist.get_rank()} of {dist.get_world_size()}\n")
+    return dist.get_rank()
+
+if __name__ == "__main__":
+    if "launch" in sys.argv:
+        assert flashmoe.launch(main, 2, timeout_s=120) == [0, 1]
+        assert not dist.is_initialized()
+    else:
+        main()
+        flashmoe.distributed.finalize()
+        assert not dist.is_initialized(), "init() has initialised it, so finalize() must undo that"
+"""
+
+
+@pytest.mark.parametrize("how", ["torchrun", "launch"])
+def test_one_script_both_ways(tmp_path, how):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint"]
+    command = [*torchrun, "localhost:0", str(script)] if how == "torchrun" else [str(script), "launch"]
+    run = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120, env=environment())
+    assert run.returncode == 0, run.stderr
+    assert sorted(run.stdout.splitlines()) == ["rank 0 of 2", "rank 1 of 2"]
+
+
+def environment() -> dict[str, str]:
+    """For a fresh interpreter that finds the same flashmoe."""
+    path = os.pathsep.join([str(Path(flashmoe.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path}
