@@ -3,7 +3,6 @@
 file(GLOB core_sources CONFIGURE_DEPENDS csrc/runtime/*.cpp csrc/platform/*.cpp csrc/engine/*.cpp)
 list(FILTER core_sources EXCLUDE REGEX "/cpu_kernels\\.cpp$")
 add_library(flashmoe_core OBJECT ${core_sources})
-target_compile_definitions(flashmoe_core PRIVATE FLASHMOE_VERSION="${FLASHMOE_VERSION}")
 
 # cpu_kernels.cpp is compiled once per instruction set, as its first lines say.
 function(flashmoe_add_kernels isa lanes)

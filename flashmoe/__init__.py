@@ -3,11 +3,12 @@
 from . import distributed, routing
 from ._C import PeerError, build_info
 from ._version import __version__
+from .groups import check
 from .launch import launch
 from .module import MoE
-from .ops import check, fused_moe
+from .ops import fused_moe
 from .reference import moe_reference
-from .routing import Routing
+from .routing_record import Routing
 
 __all__ = [
     "MoE", "PeerError", "Routing", "__version__", "build_info", "check", "distributed", "fused_moe",

@@ -78,8 +78,9 @@ class Arena:
         needed = round_up(num_bytes)
         if self.used_bytes + needed > self.num_bytes:
             raise RuntimeError(
-                f"the arena is full: a group needs {needed} bytes, {self.num_bytes - self.used_bytes} of {self.num_bytes} "
-                f"are left; init() with a larger max_groups, or call flashmoe.distributed.reserve(max_groups=…)"
+                f"the arena is full: a group needs {needed} bytes, {self.num_bytes - self.used_bytes} of "
+                f"{self.num_bytes} are left; init() with a larger max_groups, or call "
+                f"flashmoe.distributed.reserve(max_groups=…)"
             )
         offset = self.used_bytes
         self.used_bytes += needed

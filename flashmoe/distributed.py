@@ -42,7 +42,7 @@ def init(
     remote_only: int | None = None,
     num_workers: int | None = None,
 ) -> None:
-    """Make this process a rank: join the torch world and allocate the symmetric memory of every group to come.
+    """Make this process a rank: join the torch world and allocate the symmetric memory of all groups to come.
 
     Collective: every rank of the torch world calls it, equally often. If ``torch.distributed`` is not initialised
     yet, this does it (backend gloo) from the environment that torchrun sets; then ``finalize()`` also undoes it.

@@ -77,6 +77,8 @@ def launch(
             processes.append(process)
             connections.append(receiver)
         reports = _collect(processes, connections, timeout_s)
+        if all(report[0] == "result" for report in reports.values()):
+            _join(processes)  # they still have their own exit to make
     finally:
         end_processes(processes)
         for connection in connections:
@@ -116,15 +118,20 @@ def end_processes(processes: list[Any]) -> None:
     """End and collect those that still run: politely, then by force."""
     for process in processes:
         if process.is_alive():
-            process.terminate()
-            # Only a running process can end itself.
-            os.kill(process.pid, signal.SIGCONT)
-    deadline = time.monotonic() + _GRACE_S
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+                os.kill(process.pid, signal.SIGCONT)  # only a process that runs can end itself
+    _join(processes)
     for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
         if process.is_alive():
             process.kill()
             process.join()
+
+
+def _join(processes: list[Any]) -> None:
+    deadline = time.monotonic() + _GRACE_S
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
 
 
 def _run_rank(rank: int, nproc: int, port: int, connection: Connection, task: bytes) -> None:

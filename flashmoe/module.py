@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import groups, ops
 from .routing import Routing, make_router
 
 __all__ = ["MoE"]
@@ -79,10 +79,10 @@ class MoE(nn.Module):
         self.activation, self.gated, self.max_tokens = activation, gated, max_tokens
 
         # The group by name, as the operator takes it: a module that holds no handle can be copied and pickled.
-        self.group: str | None = None if group is None else ops.name_of_group(group)
+        self.group: str | None = None if group is None else groups.name_of(group)
         self.ep_rank, self.ep_size = 0, 1
         if self.group is not None:
-            handle = ops.group_of_name(self.group)
+            handle = groups.find(self.group)
             self.ep_rank, self.ep_size = handle.ep_rank, handle.ep_size
             if self.ep_size > 1:  # the group of one rank grows with its calls
                 _check_limits(handle.limits, max_tokens, top_k, num_experts)
@@ -165,7 +165,7 @@ class MoE(nn.Module):
         computed (from all ranks), and ``bytes_per_peer``, what this rank sent to each rank by kind (header, rows,
         results, signals) as counted where it was sent.
         """
-        return ops.stats_of_call(self.group, self.layer)
+        return groups.stats_of_call(self.group, self.layer)
 
     def extra_repr(self) -> str:
         placement = f"{len(self.local_experts)} of them on rank {self.ep_rank} of {self.ep_size}"

@@ -10,18 +10,14 @@ autograd key itself when no gradient is asked for: together that is a third of t
 
 from __future__ import annotations
 
-import ctypes
-import itertools
-import os
-import threading
-import weakref
+import math
 
 import torch
 from torch import Tensor
 
-from . import _C, distributed
+from . import groups
 
-__all__ = ["fused_moe", "check"]
+__all__ = ["fused_moe"]
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATION_CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
@@ -75,20 +71,13 @@ def fused_moe(
     )  # fmt: skip
     op = _MOE_LOCAL
     if group is not None:
-        op, args = _MOE_EP, (*args, name_of_group(group))
+        op, args = _MOE_EP, (*args, groups.name_of(group))
     if torch.compiler.is_compiling():
         return op(*args)
     if torch.is_grad_enabled() and _requires_grad(args):
         return _Forward.apply(op, *args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
-
-
-def check() -> None:
-    """Raises flashmoe.PeerError if an earlier call left a group of this process failed; else does nothing."""
-    for group in [*_given_groups.values(), *_named_groups.values()]:
-        if group.failed:
-            raise _C.PeerError(group.failed)
 
 
 # --- checks ---------------------------------------------------------------------------------------------------
@@ -163,7 +152,7 @@ def _check(
     shape = x.shape
     if len(shape) == 0 or shape[-1] != hidden:
         raise ValueError(f"x must have shape (..., H = {hidden}) to go with down_proj, got {tuple(shape)}")
-    num_tokens = shape[0] if len(shape) == 2 else shape[:-1].numel()
+    num_tokens = shape[0] if len(shape) == 2 else math.prod(shape[:-1])
     ids_shape = topk_ids.shape
     if len(ids_shape) != 2 or ids_shape[0] != num_tokens or ids_shape[1] == 0:
         given_k = ids_shape[1] if len(ids_shape) == 2 and ids_shape[1] != 0 else None
@@ -179,90 +168,11 @@ def _check(
         raise ValueError(f"activation must be one of {', '.join(ACTIVATION_CODES)}, got {activation!r}")
 
 
-# --- groups ---------------------------------------------------------------------------------------------------
-
-# Groups given as objects, by the name they got here; groups looked up by name, for check().
-_given_groups: weakref.WeakValueDictionary[str, _C.Group] = weakref.WeakValueDictionary()
-_given_names: weakref.WeakKeyDictionary[_C.Group, str] = weakref.WeakKeyDictionary()
-_named_groups: weakref.WeakValueDictionary[str, _C.Group] = weakref.WeakValueDictionary()
-_given_count = itertools.count()
-
-
-def name_of_group(group) -> str:
-    """The name by which an operator finds the group: of a ProcessGroup, a flashmoe._C.Group, or the name itself.
-
-    A _C.Group is held weakly: whoever made it keeps it alive.
-    """
-    if isinstance(group, str):
-        return group
-    if isinstance(group, _C.Group):
-        name = _given_names.get(group)
-        if name is None:
-            name = _given_names.setdefault(group, f"{group.name}#{next(_given_count)}")
-            _given_groups[name] = group
-        return name
-    return distributed.group_name(group)
-
-
-def group_of_name(name: str) -> _C.Group:
-    group = _given_groups.get(name)
-    if group is None:
-        group = _named_groups[name] = distributed.group_of(name)
-    return group
-
-
-class _LocalGroup:
-    """The one process-wide group of group=None: made at first use, one call at a time, made anew after a fork."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.group: _C.Group | None = None
-        self.num_workers: int | None = None  # None: as many as torch has threads
-
-    def acquire(self) -> _C.Group:
-        """The group, with as many workers as torch has threads now. The caller holds the lock."""
-        num_workers = self.num_workers or torch.get_num_threads()
-        if self.group is None:
-            setting = os.environ.get("FLASHMOE_NUM_WORKERS")
-            if setting is not None:
-                if not (setting.isdigit() and int(setting) > 0):
-                    raise ValueError(f"FLASHMOE_NUM_WORKERS must be a positive integer, got {setting!r}")
-                num_workers = self.num_workers = int(setting)
-            self.group = _C.local_group(num_workers)
-        elif self.group.num_workers != num_workers:
-            self.group.num_workers = num_workers
-        return self.group
-
-    def forget(self) -> None:
-        """In a forked child, whose copy of the group has no worker threads and perhaps a lock that nobody holds."""
-        if self.group is not None:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.group))  # its destructor would wait for those threads
-        self.__init__()
-
-
-_local = _LocalGroup()
-os.register_at_fork(after_in_child=_local.forget)
-
-# Statistics belong to a group's last call. They are kept per layer by taking them down when the layer changes.
-_last_layer: dict[str | None, int] = {}
-_kept_stats: dict[tuple[str | None, int], dict] = {}
-
-
-def _switch_layer(name: str | None, group: _C.Group, layer: int) -> None:
-    last = _last_layer.get(name, layer)
-    if last != layer and last != 0:
-        _kept_stats[name, last] = group.stats()
-    _last_layer[name] = layer
-
-
-def stats_of_call(name: str | None, layer: int) -> dict | None:
-    """Statistics of the last call of that layer in this process on that group (None: the local one)."""
-    if _last_layer.get(name) != layer:
-        return _kept_stats.get((name, layer))
-    return (_local.group if name is None else group_of_name(name)).stats()
-
-
 # --- the operators --------------------------------------------------------------------------------------------
+
+
+# The bias of a rank without experts has no address, but is not absent: all ranks must name the same layer.
+_NO_ROWS = torch.zeros(1, device="cpu")
 
 
 def _forward(
@@ -275,28 +185,29 @@ def _forward(
     y = torch.empty_like(x)
     num_tokens, top_k = topk_ids.shape
     num_local, hidden, intermediate = down_proj.shape
-    _switch_layer(name, group, layer)
+    groups.before_call(name, group, layer)
     group.forward(
         x.data_ptr(), num_tokens, topk_ids.data_ptr(), topk_ids.element_size(), topk_weights.data_ptr(), top_k,
-        gate_up_proj.data_ptr(), 0 if gate_up_bias is None else gate_up_bias.data_ptr(),
-        down_proj.data_ptr(), 0 if down_bias is None else down_bias.data_ptr(), y.data_ptr(),
+        gate_up_proj.data_ptr(), 0 if gate_up_bias is None else gate_up_bias.data_ptr() or _NO_ROWS.data_ptr(),
+        down_proj.data_ptr(), 0 if down_bias is None else down_bias.data_ptr() or _NO_ROWS.data_ptr(), y.data_ptr(),
         hidden, intermediate, num_local * group.ep_size if expert_map is None else expert_map.shape[0], num_local,
         DTYPE_CODES[x.dtype], ACTIVATION_CODES[activation], gated,
         0 if expert_map is None else expert_map.data_ptr(), layer,
     )  # fmt: skip
+    groups.after_call(name, layer)
     return y
 
 
 def _moe_local(*args):
     _check(*args[:-1])
-    with _local.lock:
-        return _forward(None, _local.acquire(), *args)
+    with groups.local.lock:
+        return _forward(None, groups.local.acquire(), *args)
 
 
 def _moe_ep(*args):
     *args, name = args
     _check(*args[:-1])
-    return _forward(name, group_of_name(name), *args)
+    return _forward(name, groups.find(name), *args)
 
 
 def _moe_fake(*args):

@@ -11,6 +11,10 @@ def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.2f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
+def percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.1 else f"{share:.1%}"
+
+
 def size(count: float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
@@ -54,6 +58,7 @@ def body(record: dict[str, Any]) -> str:
     load, error, rates, floor = (record[key] for key in ("routing", "error", "rates", "floor"))
     latency, routed = record["latency"], record["latency_with_router"]
     reading = floor["read_seconds"] > floor["compute_seconds"]
+    cached = reading and floor["share_of_speed"] > 1
     experts = record["shape"]["num_experts"]
     lines = [
         ("routing", f"busiest expert {load['busiest_expert']:.2f} x the mean, busiest rank "
@@ -63,13 +68,13 @@ def body(record: dict[str, Any]) -> str:
                   f"a repeat is bitwise {'equal' if error['bitwise_repeat'] else 'DIFFERENT'}"),
         ("latency", f"p50 {milliseconds(latency['p50'])}, p95 {milliseconds(latency['p95'])} of {latency['samples']} "
                     f"samples; with the router p50 {milliseconds(routed['p50'])}"),
-        ("speed", f"{latency['gflops']:.1f} GFLOP/s = {record['gemm_share']:.0%} of the pure GEMM rate "
+        ("speed", f"{latency['gflops']:.1f} GFLOP/s = {percent(record['gemm_share'])} of the pure GEMM rate "
                   f"({rates['gemm_gflops']:.1f} in fp32 with as many threads, {rates['threads']})"),
         ("floor", f"{milliseconds(floor['seconds'])} for the {'weights' if reading else 'FLOPs'}; "
-                  f"{floor['share_of_speed']:.0%} of its speed reached (FLOPs "
+                  f"{percent(floor['share_of_speed'])} of its speed reached (FLOPs "
                   f"{milliseconds(floor['compute_seconds'])}, reading {size(floor['weight_bytes_touched'])} of weights "
                   f"{milliseconds(floor['read_seconds'])} at {rates['read_gb_s']:.1f} GB/s)"
-                  + ("; above 100% means that weights were still in a cache" if floor["share_of_speed"] > 1 else "")),
+                  + ("; above 100%: the weights were still in a cache" if cached else "")),
     ]  # fmt: skip
     parts = ["\n".join(f"{name:<10}{text}" for name, text in lines)]
     if record["run"]["ranks"] > 1:
@@ -123,5 +128,5 @@ def verdict(record: dict[str, Any]) -> str:
     return (
         f"OK {name} {run['dtype']}, {run['ranks']} x {run['tokens']} tokens: relative error {error['relative']:.1e}, "
         f"{milliseconds(record['latency']['p50'])}, {record['latency']['gflops']:.1f} GFLOP/s, "
-        f"{record['floor']['share_of_speed']:.0%} of the floor's speed{against}"
+        f"{percent(record['floor']['share_of_speed'])} of the floor's speed{against}"
     )

@@ -54,8 +54,9 @@ class Problem:
     ):
         ep_size = len(tokens)
         g = torch.Generator().manual_seed(seed)
-        self.gate_up_proj = torch.randn(num_experts, 2 * intermediate_size, hidden_size, generator=g).mul_(0.1).to(dtype)
-        self.down_proj = torch.randn(num_experts, hidden_size, intermediate_size, generator=g).mul_(0.1).to(dtype)
+        gate_up_proj = torch.randn(num_experts, 2 * intermediate_size, hidden_size, generator=g)
+        down_proj = torch.randn(num_experts, hidden_size, intermediate_size, generator=g)
+        self.gate_up_proj, self.down_proj = gate_up_proj.mul_(0.1).to(dtype), down_proj.mul_(0.1).to(dtype)
         self.expert_map = None if owners is None else torch.tensor(owners, dtype=torch.int32)
         block = num_experts // ep_size
         self.owners = [e // block for e in range(num_experts)] if owners is None else list(owners)
@@ -117,7 +118,9 @@ class Problem:
         torch.testing.assert_close(y.float(), truth, rtol=tolerance, atol=tolerance)
 
 
-def run_and_check(seed: int, ranks: Sequence[int], tokens: Sequence[int], threads: bool = False, **problem: object) -> None:
+def run_and_check(
+    seed: int, ranks: Sequence[int], tokens: Sequence[int], threads: bool = False, **problem: object
+) -> None:
     """One call over ``ranks``: right, and the same bits as where one process owns every expert."""
     p = Problem(seed, tokens, **problem)
     ep_rank = list(ranks).index(rank())
@@ -135,7 +138,8 @@ def result_of(seed: int, ranks: Sequence[int], tokens: Sequence[int], **problem:
 
 def many_calls(seed: int, ranks: Sequence[int], calls: Sequence[Sequence[int]]) -> None:
     """One call after another with other token counts, nothing between them; then every result is checked."""
-    problems = [Problem(seed + i, tokens, one_rank=i % len(ranks) if i % 3 == 0 else None) for i, tokens in enumerate(calls)]
+    hot_ranks = [i % len(ranks) if i % 3 == 0 else None for i in range(len(calls))]
+    problems = [Problem(seed + i, tokens, one_rank=hot_ranks[i]) for i, tokens in enumerate(calls)]
     ep_rank = list(ranks).index(rank())
     results = [p.run(ep_rank, group(ranks)) for p in problems]
     for p, y in zip(problems, results, strict=True):
@@ -256,12 +260,12 @@ def be_a_stranger(name: str, user: int, heard: object) -> None:
     for message, descriptors in (b"", []), (b"rank 1", []), (b'{"rank": 1}', []), (b'{"rank": 1}', [memory]):
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect("\0" + name)
-            if message:
-                socket.send_fds(connection, [message], descriptors)
-            connection.shutdown(socket.SHUT_WR)
             try:
+                if message:
+                    socket.send_fds(connection, [message], descriptors)
+                connection.shutdown(socket.SHUT_WR)
                 answers.append(connection.recv(100))
-            except ConnectionResetError:
+            except (BrokenPipeError, ConnectionResetError):  # hung up on, before or after the message
                 answers.append(b"")
     heard.send(answers)
 

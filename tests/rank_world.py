@@ -8,6 +8,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -63,7 +64,9 @@ class RankWorld:
             outcomes.append(self.pipes[rank].recv())
         return outcomes
 
-    def outcomes(self, fn: Callable[..., Any], *args: Any, ranks: Sequence[int] | None = None, **kwargs: Any) -> list[Outcome]:
+    def outcomes(
+        self, fn: Callable[..., Any], *args: Any, ranks: Sequence[int] | None = None, **kwargs: Any
+    ) -> list[Outcome]:
         ranks = range(len(self.processes)) if ranks is None else ranks
         self.start(ranks, fn, *args, **kwargs)
         return self.collect(ranks)
@@ -83,8 +86,7 @@ class RankWorld:
 
     def close(self) -> None:
         for process in self.processes:
-            if process.is_alive():
-                self.signal(self.processes.index(process), signal.SIGKILL)
+            process.kill()
         end_processes(self.processes)
         for pipe in self.pipes:
             pipe.close()
@@ -100,6 +102,12 @@ def rank_world(nproc: int, **init_kwargs: Any) -> Iterator[RankWorld]:
         yield world
     finally:
         world.close()
+
+
+def fresh_environment() -> dict[str, str]:
+    """For a fresh interpreter that shall find the same flashmoe."""
+    path = os.pathsep.join([str(Path(flashmoe.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path}
 
 
 def _serve(rank: int, nproc: int, port: int, pipe: Any) -> None:

@@ -16,6 +16,13 @@ from flashmoe.models import SHAPES
 SMALL = ["--tokens", "24", "--iters", "3", "--warmup", "1", "--seconds", "2"]
 
 
+@pytest.fixture(autouse=True)
+def quick_rates(monkeypatch):
+    """The machine's rates by small measurements in this process; its ranks make the full ones."""
+    monkeypatch.setattr(measure, "_GEMM_SIZE", 256)
+    monkeypatch.setattr(measure, "_READ_BYTES", 32 << 20)
+
+
 def run_cli(capsys, *arguments: str) -> tuple[int, str]:
     """Exit code and stdout of ``flashmoe run`` in this process."""
     code = cli.main(["run", *SMALL, *arguments])

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import distributed_cases as cases
 import pytest
-from rank_world import RankWorld, rank_world
-from test_distributed import environment
+from rank_world import RankWorld, fresh_environment, rank_world
 
 import flashmoe
 
@@ -177,7 +176,7 @@ def test_bad_arguments_of_one_rank_send_nothing():
 
 def test_too_little_memory_is_found_at_init():
     with rank_world(2) as world:
-        outcomes = world.outcomes(flashmoe.distributed.init, max_tokens=2**30, max_wire_bytes=2**20)
+        outcomes = world.outcomes(flashmoe.distributed.init, max_tokens=2**20, max_wire_bytes=2**20)
         for outcome in outcomes:
             assert outcome.kind == "RuntimeError" and outcome.seconds < 20
             assert "rank 0 of 2 on this host: symmetric heap: " in outcome.error
@@ -202,27 +201,29 @@ def test_memory_that_suffices_for_some_ranks_only():
         world.call(cases.run_and_check, 1, RANKS, [3, 4, 5])
 
 
-@pytest.mark.parametrize("who", ["ranks", "launching process"])
-def test_nothing_stays_behind_when_all_are_killed(who):
+@pytest.mark.parametrize("how", ["ranks killed", "launching process killed", "Ctrl-C"])
+def test_nothing_stays_behind(how):
     """The kernel takes the memory back when nobody maps it, so it is enough that nobody is left and no name is."""
     before = set(os.listdir("/dev/shm"))
     program = [sys.executable, "-c", LAUNCHER]
-    launcher = subprocess.Popen(program, stdout=subprocess.PIPE, text=True, env=environment())
+    launcher = subprocess.Popen(
+        program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=fresh_environment()
+    )
     try:
         lines = [launcher.stdout.readline().split() for _ in range(2)]
         pids, inodes = [int(line[0]) for line in lines], set(lines[0][1:])
         assert len(inodes) == 2 and mappers_of(inodes) >= set(pids)
-        for pid in [launcher.pid] if who == "launching process" else pids:
-            os.kill(pid, signal.SIGKILL)
-        launcher.wait(30)
+        for pid in pids if how == "ranks killed" else [launcher.pid]:
+            os.kill(pid, signal.SIGINT if how == "Ctrl-C" else signal.SIGKILL)
+        assert launcher.wait(30) != 0
     finally:
         launcher.kill()
-        launcher.stdout.close()
+        launcher.communicate()
     deadline = time.monotonic() + 10
-    while mappers_of(inodes) and time.monotonic() < deadline:
+    while (mappers_of(inodes) or any(map(is_running, pids))) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not mappers_of(inodes)
-    assert not any(is_running(pid) for pid in pids)
+    assert not any(map(is_running, pids))
     assert {name for name in os.listdir("/dev/shm") if name not in before and "flashmoe" in name} == set()
 
 

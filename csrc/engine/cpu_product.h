@@ -14,7 +14,7 @@ constexpr int kTileRows = kLanes == 16 ? 6 : 3;
 constexpr int kStep = cpu::kMaxLanes;  // elements of K per iteration: one cache line of fp32
 constexpr int kVectorsPerStep = kStep / kLanes;
 // Up to this many rows, 16-bit weights are widened in registers; above, once per panel into scratch.
-constexpr int kRegisterWidenRows = 6;
+constexpr int kRegisterWidenRows = 12;
 
 constexpr int round_up_to(int n, int unit) { return (n + unit - 1) / unit * unit; }
 
@@ -50,24 +50,23 @@ struct WeightRows {
 // A panel's stretch of one K block, as the register tile reads it: where the weights lie ...
 template <class T>
 struct PanelInPlace {
+  using Element = T;  // as it lies in memory, and as the next panel will be fetched
   const T* rows[cpu::kPanelRows];
   FLASHMOE_INLINE Vector load(int row, ptrdiff_t vector) const { return widen(rows[row] + vector * kLanes); }
 };
 
 // ... or widened in scratch, interleaved by vectors so that it is a single stream.
+template <class T>
 struct PanelInScratch {
+  using Element = T;
   const float* panel;
   FLASHMOE_INLINE Vector load(int row, ptrdiff_t vector) const {
     return widen(panel + (vector * cpu::kPanelRows + row) * kLanes);
   }
 };
 
-// What of the next panel a register tile brings nearer while it computes: kRows rows, a line per iteration.
-struct Prefetch {
-  const char* rows[cpu::kPanelRows];
-};
-
-// product[0:kRows, 0:kPanelRows) (+)= the dot products over one K block of kRows packed rows with a panel.
+// product[0:kRows, 0:kPanelRows) (+)= the dot products over one K block of kRows packed rows with a panel. Meanwhile
+// kPrefetchRows rows of the next panel, one line per iteration each, are brought to the L2 cache.
 template <int kRows, int kPrefetchRows, class Panel>
 __attribute__((noinline)) void register_tile(const float* rows, const Panel panel, const float* panel_tail, int k,
                                              const char* const* prefetch, bool add, float* product) {
@@ -89,7 +88,8 @@ __attribute__((noinline)) void register_tile(const float* rows, const Panel pane
   int vector = 0;
   for (; vector + kVectorsPerStep <= vectors; vector += kVectorsPerStep) {
 #pragma GCC unroll 8
-    for (int i = 0; i < kPrefetchRows; ++i) __builtin_prefetch(prefetch[i] + ptrdiff_t(vector) * kLanes * 4, 0, 2);
+    for (int i = 0; i < kPrefetchRows; ++i)
+      __builtin_prefetch(prefetch[i] + vector * kLanes * ptrdiff_t(sizeof(typename Panel::Element)), 0, 2);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectorsPerStep; ++v) {
       multiply(rows, [&](int n) __attribute__((always_inline)) { return panel.load(n, vector + v); });
@@ -119,7 +119,8 @@ struct RowGroups {
   int size(int group) const { return small + (group < large); }
 };
 
-// rows[0:num_rows)[k0:k0+k) widened, each group's rows interleaved by vectors, the last vector filled with zeros.
+// rows[0:num_rows)[k0:k0+k) widened, each group's rows interleaved by vectors, the last vector filled with zeros:
+// one stream for the register tile, however the rows lie.
 template <class Row>
 void pack_rows(const Row& row, const RowGroups& groups, int k0, int k, float* out) {
   for (int group = 0, first = 0; group < groups.count; first += groups.size(group++)) {
@@ -175,15 +176,6 @@ void panel_times_rows(const float* rows, const RowGroups& groups, const Panel& p
   }
 }
 
-template <class T>
-struct is_float {
-  static constexpr bool value = false;
-};
-template <>
-struct is_float<float> {
-  static constexpr bool value = true;
-};
-
 // Scratch::product[i][tile.product_col(p) + j] = row(i) · row j of panel p, for all rows and panels.
 template <class T, class Row>
 void product(const Row& row, int num_rows, const WeightRows<T>& tile, cpu::Scratch& scratch) {
@@ -191,7 +183,7 @@ void product(const Row& row, int num_rows, const WeightRows<T>& tile, cpu::Scrat
   const int k = tile.k, block = k_block(k), panels = tile.panels();
   const int blocks = (k + block - 1) / block;
   const RowGroups groups(num_rows);
-  const bool widen_in_registers = is_float<T>::value || num_rows <= kRegisterWidenRows;
+  const bool widen_in_registers = sizeof(T) == sizeof(float) || num_rows <= kRegisterWidenRows;
 
   const auto length = [&](int b) { return b * block + block < k ? block : k - b * block; };
 
@@ -210,7 +202,7 @@ void product(const Row& row, int num_rows, const WeightRows<T>& tile, cpu::Scrat
     float* to = scratch.panel;
     for (int c = 0; c < body; c += kLanes)
       for (int i = 0; i < cpu::kPanelRows; ++i, to += kLanes) narrow(widen(panel.rows[i] + c), to);
-    panel_times_rows(rows, groups, PanelInScratch{scratch.panel}, scratch.panel_tail, kb, next, b > 0, out);
+    panel_times_rows(rows, groups, PanelInScratch<T>{scratch.panel}, scratch.panel_tail, kb, next, b > 0, out);
   };
 
   // When the rows fit scratch over all of K, each weight row is read from end to end: DRAM likes that best.

@@ -47,7 +47,14 @@ FLASHMOE_INLINE BitsVector bits(Vector v) { return (BitsVector)v; }
 FLASHMOE_INLINE Vector widen(const float* p) { return load_as<Vector>(p); }
 
 FLASHMOE_INLINE Vector widen(const BFloat16* p) {
-  return floats(__builtin_convertvector(load_as<ShortVector>(p), BitsVector) << 16);
+#if defined(__AVX512F__) && FLASHMOE_LANES == 16
+  const BitsVector wide = (BitsVector)_mm512_maskz_cvtepu16_epi32(0xffff, load_as<__m256i>(p));
+#elif defined(__AVX2__) && FLASHMOE_LANES == 8
+  const BitsVector wide = (BitsVector)_mm256_cvtepu16_epi32(load_as<__m128i>(p));  // g++ 12 splits a conversion
+#else
+  const BitsVector wide = __builtin_convertvector(load_as<ShortVector>(p), BitsVector);
+#endif
+  return floats(wide << 16);
 }
 
 FLASHMOE_INLINE Vector widen(const Float16* p) {

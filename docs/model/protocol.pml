@@ -1,18 +1,18 @@
-/* The transfer protocol of one group of W ranks over several calls. README.md says what is modelled and how to run.
+/* The transfer protocol of one group of W ranks over several calls. README.md: what is modelled, how to run it.
  *
  * One call, for a source s and a destination d:
- *   s: puts a header or "empty" to d, and its rows in chunks                  -> begin_call
+ *   s: puts a header or "empty" to d, and its rows in chunks                   begin_call
  *   d: one decider reads the header signal; workers wait for the chunk flags,
- *      read header and rows, put the results back in parts                    -> proctype serve
- *   s: all its results are in, it has served every source, its empty headers
- *      are quiet: the call is over, the next may start                        -> call_over
- * Nobody clears a signal and nobody waits at a barrier: every signal carries the epoch of its call.
+ *      read header and rows, put the results back in parts                     proctype serve
+ *   s: its results are in, every source is served, its empties are quiet:
+ *      the call is over and the next may start at once                         call_over
+ * Nobody clears a signal, nobody waits at a barrier: every signal carries the epoch of its call.
  *
- * Every put is in flight on its own. Puts land in any order, and a put reads its payload from the sender's staging
+ * Every put is under way on its own. Puts land in any order, and a put reads its payload from the sender's staging
  * when it lands, not when it is issued. A payload is modelled by the epoch of the call it belongs to.
  *
- * Steps: a d_step or atomic below is one load or store of one word that others can see, plus bookkeeping of its own
- * rank only; where it is more, its comment says why splitting it would add no behaviour.
+ * A d_step or atomic is one load or store that other ranks can see, with bookkeeping of its own rank around it. Where
+ * it is more, its comment says why smaller steps would add no behaviour.
  */
 
 #ifndef W
@@ -22,19 +22,19 @@
 #define CALLS 3                 /* calls per rank, at most 3; -DENDLESS: any number, see forget_oldest_epoch */
 #endif
 #ifndef CHUNKS
-#define CHUNKS 2                /* row chunks per packet, 1 or 2, each with its own flag */
+#define CHUNKS 2                /* row chunks of a packet, 1 or 2, each with its own flag */
 #endif
 #ifndef PARTS
-#define PARTS 2                 /* result parts (runs) per packet, 1 or 2, each with its own flag */
+#define PARTS 2                 /* result parts (runs) of a packet, 1 or 2, each with its own flag */
 #endif
 #ifndef RING
-#define RING PARTS              /* result blocks of a rank, shared by all sources: part p is staged in p % RING */
+#define RING PARTS              /* result blocks of a rank, shared by all its sources: part p is staged in p % RING */
 #endif
 #ifndef FANOUT
 #define FANOUT (W - 1)          /* to how many destinations a rank may have rows in one call */
 #endif
 #ifndef ABORTS
-#define ABORTS 0                /* how many ranks may time out, each at any moment of a call */
+#define ABORTS 0                /* how many times a rank may give up waiting, at any moment of a call */
 #endif
 
 /* What rank a puts into rank b's memory. EMPTY and HEADER write the same signal word. */
@@ -47,6 +47,7 @@
 #define PAIRS           (W * (W - 1))
 #define PAIR(a, b)      ((a) * (W - 1) + (b) - ((b) > (a)))     /* of two different ranks */
 #define WORD(a, b, k)   (PAIR(a, b) * KINDS + (k))
+#define BLOCK(a, p)     ((a) * RING + (p) % RING)
 #define BIT(n)          (1 << (n))
 #define ALL_PARTS       (BIT(PARTS) - 1)
 
@@ -56,7 +57,7 @@ bit  header_rows[PAIRS];        /* the other half of the header's signal word: w
 byte region[PAIRS * KINDS];     /* whose payload lies there: an epoch; for results a TAG */
 bit  poison[W];                 /* somebody gave up */
 
-/* Puts under way from a to b: one bit per epoch, so that one word's puts of two calls may overtake each other. */
+/* Puts under way from a to b: one bit per epoch, so that one word's puts of several calls may overtake each other. */
 byte issued[PAIRS * KINDS];     /* nothing has landed */
 byte landed[PAIRS * KINDS];     /* the payload has, the signal has not */
 bit  poison_issued[PAIRS];
@@ -70,7 +71,7 @@ byte phase[W];
 byte epoch[W];
 bit  has_rows[PAIRS];           /* PAIR(s, d): in its current call s has rows for d */
 byte block[W * RING];           /* result staging: TAG of what lies there */
-byte block_readers[W * RING];   /* puts under way that read it; zero is what quiet tells */
+byte block_readers[W * RING];   /* puts under way that read it; quiet tells when there are none */
 byte empties[W];                /* EMPTY puts under way; likewise */
 byte aborts_left = ABORTS;
 
@@ -82,27 +83,27 @@ byte verdict[PAIRS];
 byte ready[PAIRS];              /* mask of parts whose chunks were seen to be here */
 byte sent[PAIRS];               /* mask of parts whose result put was issued */
 #ifdef BREAK_ONE_DECIDER
-byte verdict2[PAIRS];
+byte verdict2[PAIRS];           /* of a second reader of the header signal */
 #endif
 #ifdef BREAK_REPLY_CONSUMED
-byte consumed[PAIRS];           /* mask of parts that have been read */
+byte consumed[PAIRS];           /* mask of parts that have read the packet */
 #endif
 #ifdef BREAK_FLAG_COUNTER       /* PAIR(d, s), memory of s: result parts that came from d since the first call */
 byte count[PAIRS];
 byte expected[PAIRS];
 #endif
 
-hidden byte i, j, k, e, sum;         /* scratch within one step, no part of the state */
+hidden byte i, j, k, e;         /* scratch within one step, no part of the state */
 
+/* A result of another call, another source's, or another part would have another tag. */
 #define TAG(e, s, p)    (((e) * W + (s)) * PARTS + (p))
-#define NEXT_EPOCH      (W * PARTS)     /* distance of one epoch between tags */
+#define NEXT_EPOCH      (W * PARTS)             /* from one epoch's tag to the next */
 
 #define under_way(a, b, kind)   (issued[WORD(a, b, kind)] | landed[WORD(a, b, kind)])
 #define current(a, b, kind)     (signal[WORD(a, b, kind)] == epoch[b])
 
 inline put(a, b, kind) {
-#ifdef STRICT
-  /* A consequence of the rules: no word is the target of two puts at once, so none can be overtaken. */
+#ifdef STRICT                   /* consequence of the rules: no word is the target of two puts at once */
   assert(!under_way(a, b, kind) && (kind > HEADER || !(under_way(a, b, EMPTY) | under_way(a, b, HEADER))));
 #endif
   issued[WORD(a, b, kind)] = issued[WORD(a, b, kind)] | BIT(epoch[a])
@@ -111,13 +112,23 @@ inline put(a, b, kind) {
 
 /* ---- the network: proctype network(a, b) carries a's puts to b ---------------------------------------------- */
 
-inline payload_lands(kind) {
+inline name(kind) {             /* for traces */
   if
-  :: kind == EMPTY -> skip
-  :: kind >= RESULT(0) -> region[WORD(a, b, kind)] = block[a * RING + (kind - RESULT(0)) % RING]
+  :: kind == EMPTY -> printf("put %d->%d of call %d, empty: ", a, b, e)
+  :: kind == HEADER -> printf("put %d->%d of call %d, header: ", a, b, e)
+  :: kind >= RESULT(0) -> printf("put %d->%d of call %d, result part %d: ", a, b, e, kind - RESULT(0))
+  :: else -> printf("put %d->%d of call %d, chunk %d: ", a, b, e, kind - CHUNK(0))
+  fi
+}
+
+inline payload_lands(kind) {
+  name(kind); printf("payload lands\n");
+  if
+  :: kind >= RESULT(0) ->
+     region[WORD(a, b, kind)] = block[BLOCK(a, kind - RESULT(0))]
   :: else ->            /* packets are staged per destination: what the sender's latest call put there */
 #ifdef BREAK_OWN_STAGING
-     /* Rows are put straight from the caller's tensor, which is his own again when the call has ended. */
+     /* Rows are put straight from the caller's tensor, which is the caller's again when the call has ended. */
      region[WORD(a, b, kind)] = (phase[a] == RUNNING -> epoch[a] : 0)
 #else
      region[WORD(a, b, kind)] = epoch[a]
@@ -126,25 +137,33 @@ inline payload_lands(kind) {
 }
 
 inline signal_lands(kind) {
+  name(kind); printf("signal lands\n");
   if
   :: kind == EMPTY ->
-     signal[WORD(a, b, HEADER)] = e; header_rows[PAIR(a, b)] = 0; empties[a]--
+     signal[WORD(a, b, HEADER)] = e; header_rows[PAIR(a, b)] = 0
   :: kind == HEADER ->
      signal[WORD(a, b, HEADER)] = e; header_rows[PAIR(a, b)] = 1
-  :: kind >= RESULT(0) ->
+  :: else ->
      signal[WORD(a, b, kind)] = e;
-#ifdef BREAK_FLAG_COUNTER       /* SETs the number of parts up to this one */
-     count[PAIR(a, b)] = expected[PAIR(a, b)] - PARTS + kind - RESULT(0) + 1;
-#endif
-#ifndef BREAK_PAYLOAD_FIRST
-     block_readers[a * RING + (kind - RESULT(0)) % RING]--;
-     if                         /* nobody will read the block before it is written: one state less to tell apart */
-     :: !block_readers[a * RING + (kind - RESULT(0)) % RING] -> block[a * RING + (kind - RESULT(0)) % RING] = 0
+#ifdef BREAK_FLAG_COUNTER       /* SETs how many parts there are, counting this one */
+     if
+     :: kind >= RESULT(0) -> count[PAIR(a, b)] = expected[PAIR(a, b)] - PARTS + kind - RESULT(0) + 1
      :: else
      fi
 #endif
-  :: else ->
-     signal[WORD(a, b, kind)] = e
+  fi
+}
+
+inline put_is_done(kind) {
+  if
+  :: kind == EMPTY -> empties[a]--
+  :: kind >= RESULT(0) ->
+     block_readers[BLOCK(a, kind - RESULT(0))]--;
+     if                         /* unread until it is written again: forgetting it saves states */
+     :: !block_readers[BLOCK(a, kind - RESULT(0))] -> block[BLOCK(a, kind - RESULT(0))] = 0
+     :: else
+     fi
+  :: else
   fi
 }
 
@@ -156,36 +175,42 @@ inline signal_lands(kind) {
 #define SECOND_HALF(kind) signal_lands(kind)
 #endif
 
-/* A put is two steps, its payload and then its signal: half a payload is no different to anybody from a payload
- * whose signal is missing. With -DMERGE it is one step: the payload still lands at any time after the put was issued,
- * but nothing comes between it and its signal. */
-#define LAND(kind, any, pick) \
-  :: d_step { any(issued[WORD(a, b, kind)]) -> \
-       e = pick(issued[WORD(a, b, kind)]); \
-       issued[WORD(a, b, kind)] = issued[WORD(a, b, kind)] ^ BIT(e); \
-       landed[WORD(a, b, kind)] = landed[WORD(a, b, kind)] | BIT(e); \
-       FIRST_HALF(kind) }
-#define SIGNAL(kind, any, pick) \
-  :: d_step { any(landed[WORD(a, b, kind)]) -> \
-       e = pick(landed[WORD(a, b, kind)]); \
-       landed[WORD(a, b, kind)] = landed[WORD(a, b, kind)] ^ BIT(e); \
-       SECOND_HALF(kind) }
-#define LAND_AND_SIGNAL(kind, any, pick) \
-  :: d_step { any(issued[WORD(a, b, kind)]) -> \
-       e = pick(issued[WORD(a, b, kind)]); \
-       issued[WORD(a, b, kind)] = issued[WORD(a, b, kind)] ^ BIT(e); \
-       FIRST_HALF(kind); SECOND_HALF(kind) }
-
-/* Of several puts to one word the oldest or the newest goes next. STRICT asserts that there never are several. */
+/* Of several puts to one word the oldest or the newest goes next; STRICT asserts that there never are several.
+ * FENCE: puts to the header's word keep their order instead of being quieted within the call. */
 #define some(mask)      (mask)
 #define several(mask)   (mask & (mask - 1))
 #define oldest(mask)    (mask & BIT(1) -> 1 : (mask & BIT(2) -> 2 : 3))
 #define newest(mask)    (mask & BIT(3) -> 3 : (mask & BIT(2) -> 2 : 1))
-#ifdef STRICT
+#if defined(STRICT) || defined(FENCE)
 #define IN_ANY_ORDER(step, kind) step(kind, some, oldest)
 #else
 #define IN_ANY_ORDER(step, kind) step(kind, some, oldest) step(kind, several, newest)
 #endif
+#ifdef FENCE
+#define may_land(kind)  (kind != HEADER || !issued[WORD(a, b, EMPTY)])
+#else
+#define may_land(kind)  true
+#endif
+
+/* A put is two steps, its payload and then its signal: half a payload is no different to anybody from a payload
+ * whose signal is missing. With -DMERGE it is one step: the payload still lands at any time after the put was issued,
+ * but nothing comes between it and its signal. */
+#define TAKE(mask, pick) e = pick(mask); mask = mask ^ BIT(e)
+#define LAND(kind, any, pick) \
+  :: d_step { any(issued[WORD(a, b, kind)]) && may_land(kind) -> \
+       TAKE(issued[WORD(a, b, kind)], pick); \
+       landed[WORD(a, b, kind)] = landed[WORD(a, b, kind)] | BIT(e); \
+       FIRST_HALF(kind) }
+#define SIGNAL(kind, any, pick) \
+  :: d_step { any(landed[WORD(a, b, kind)]) -> \
+       TAKE(landed[WORD(a, b, kind)], pick); SECOND_HALF(kind); put_is_done(kind) }
+#define LAND_AND_SIGNAL(kind, any, pick) \
+  :: d_step { any(issued[WORD(a, b, kind)]) && may_land(kind) -> \
+       TAKE(issued[WORD(a, b, kind)], pick); FIRST_HALF(kind); SECOND_HALF(kind); put_is_done(kind) }
+#define SIGNAL_ALONE(kind, any, pick) \
+  :: d_step { any(issued[WORD(a, b, kind)]) -> \
+       TAKE(issued[WORD(a, b, kind)], pick); signal_lands(kind); put_is_done(kind) }
+
 #ifdef MERGE
 #define DELIVER(kind)   IN_ANY_ORDER(LAND_AND_SIGNAL, kind)
 #else
@@ -195,13 +220,13 @@ inline signal_lands(kind) {
 proctype network(byte a, b) {
 end:
   do
-  IN_ANY_ORDER(LAND_AND_SIGNAL, EMPTY)
+  IN_ANY_ORDER(SIGNAL_ALONE, EMPTY)
   DELIVER(HEADER)
   DELIVER(CHUNK(0))
-  DELIVER(RESULT(0))
 #if CHUNKS > 1
   DELIVER(CHUNK(1))
 #endif
+  DELIVER(RESULT(0))
 #if PARTS > 1
   DELIVER(RESULT(1))
 #endif
@@ -212,7 +237,7 @@ end:
 }
 
 
-/* ---- the destination: proctype serve(d, s) is d's decider and workers for source s --------------------------- */
+/* ---- the destination: proctype serve(d, s) is d's decider and d's workers for source s ----------------------- */
 
 #ifdef BREAK_NEWER_EPOCH
 #define decidable       current(s, d, HEADER)
@@ -231,9 +256,10 @@ end:
 #define LAST(p)         ((p) == PARTS - 1)
 #define chunks_here(p)  (chunk_here(0) && (!LAST(p) || chunk_here(CHUNKS - 1)))
 
-/* The last moment at which a part may still be reading. Checking only then loses nothing: a region never gets an
- * older payload back, so what was overwritten earlier is wrong now too. */
+/* Called at the last moment at which a part may still be reading. Checking only then misses nothing: a region never
+ * gets an older payload back, so what was overwritten earlier is wrong now too. */
 inline read_packet(p) {
+  printf("rank %d reads the packet of %d for part %d\n", d, s, p);
   assert(region[WORD(s, d, HEADER)] == epoch[d]);
   assert(region[WORD(s, d, CHUNK(0))] == epoch[d]);
   assert(!LAST(p) || region[WORD(s, d, CHUNK(CHUNKS - 1))] == epoch[d])
@@ -242,7 +268,7 @@ inline read_packet(p) {
 #ifdef BREAK_STAGING
 #define block_quiet(p)  true
 #else
-#define block_quiet(p)  (!block_readers[d * RING + (p) % RING])
+#define block_quiet(p)  (!block_readers[BLOCK(d, p)])
 #endif
 #ifdef BREAK_FLAG_COUNTER       /* whoever counts parts sends them in counting order */
 #define in_turn(p)      (sent[PAIR(d, s)] == BIT(p) - 1)
@@ -251,52 +277,54 @@ inline read_packet(p) {
 #endif
 #ifdef BREAK_REPLY_CONSUMED
 #define READ_BEFORE_REPLY(p) skip
+#define READ_AFTER_REPLY(p) \
+  :: d_step { working && (sent[PAIR(d, s)] & BIT(p)) && !(consumed[PAIR(d, s)] & BIT(p)) -> \
+       read_packet(p); consumed[PAIR(d, s)] = consumed[PAIR(d, s)] | BIT(p) }
 #else
 #define READ_BEFORE_REPLY(p) read_packet(p)
+#define READ_AFTER_REPLY(p)
 #endif
 
-#define working         (phase[d] == RUNNING && verdict[PAIR(d, s)] == ROWS)
-
-/* Seeing the flags is one step. Reading, staging and issuing is another: reading earlier sees nothing more
- * (read_packet), issuing later is landing later. With -DMERGE a part sees the flags just before it reads. */
+/* Reading, staging and issuing are one step: reading earlier sees nothing more (read_packet), and to issue later is
+ * to land later. Seeing the flags is a step of its own; with -DMERGE it comes just before the reading. */
 #ifdef MERGE
 #define SEE_CHUNKS(p)
 #define chunks_seen(p)  chunks_here(p)
 #else
 #define SEE_CHUNKS(p) \
   :: d_step { working && !(ready[PAIR(d, s)] & BIT(p)) && chunks_here(p) -> \
+       printf("rank %d sees the chunks of %d for part %d\n", d, s, p); \
        ready[PAIR(d, s)] = ready[PAIR(d, s)] | BIT(p) }
 #define chunks_seen(p)  (ready[PAIR(d, s)] & BIT(p))
 #endif
-#define SERVE_PART(p) \
-  SEE_CHUNKS(p) \
+#define REPLY(p) \
   :: d_step { working && chunks_seen(p) && !(sent[PAIR(d, s)] & BIT(p)) && in_turn(p) && block_quiet(p) -> \
        READ_BEFORE_REPLY(p); \
-       block[d * RING + (p) % RING] = TAG(epoch[d], s, p); \
-       block_readers[d * RING + (p) % RING]++; \
+       printf("rank %d stages result part %d for %d and puts it\n", d, p, s); \
+       block[BLOCK(d, p)] = TAG(epoch[d], s, p); block_readers[BLOCK(d, p)]++; \
        put(d, s, RESULT(p)); \
        sent[PAIR(d, s)] = sent[PAIR(d, s)] | BIT(p) }
+
+#define working         (phase[d] == RUNNING && verdict[PAIR(d, s)] == ROWS)
 
 proctype serve(byte d, s) {
 end:
   do
   :: d_step { phase[d] == RUNNING && verdict[PAIR(d, s)] == UNDECIDED && decidable ->
-       verdict[PAIR(d, s)] = header_says }      /* one load, one decider */
+       verdict[PAIR(d, s)] = header_says;       /* one load, once per epoch */
+       printf("rank %d decides on %d in call %d: %d (1 no rows, 2 rows)\n", d, s, epoch[d], verdict[PAIR(d, s)]) }
 #ifdef BREAK_ONE_DECIDER
   :: d_step { phase[d] == RUNNING && verdict2[PAIR(d, s)] == UNDECIDED && decidable ->
-       verdict2[PAIR(d, s)] = header_says }
+       verdict2[PAIR(d, s)] = header_says;
+       printf("rank %d, second reader, decides on %d in call %d: %d\n", d, s, epoch[d], verdict2[PAIR(d, s)]) }
 #endif
-  SERVE_PART(0)
+  SEE_CHUNKS(0)
+  REPLY(0)
+  READ_AFTER_REPLY(0)
 #if PARTS > 1
-  SERVE_PART(1)
-#endif
-#ifdef BREAK_REPLY_CONSUMED
-  :: d_step { working && (sent[PAIR(d, s)] & ~consumed[PAIR(d, s)] & 1) ->
-       read_packet(0); consumed[PAIR(d, s)] = consumed[PAIR(d, s)] | 1 }
-#if PARTS > 1
-  :: d_step { working && (sent[PAIR(d, s)] & ~consumed[PAIR(d, s)] & 2) ->
-       read_packet(1); consumed[PAIR(d, s)] = consumed[PAIR(d, s)] | 2 }
-#endif
+  SEE_CHUNKS(1)
+  REPLY(1)
+  READ_AFTER_REPLY(1)
 #endif
   od
 }
@@ -305,61 +333,63 @@ end:
 /* ---- the rank ------------------------------------------------------------------------------------------------- */
 
 #if defined(BREAK_FLAG_COUNTER)
-#define results_in(d)   (d == r || count[PAIR(d, r)] == expected[PAIR(d, r)])
+#define all_parts_in(d) (count[PAIR(d, r)] == expected[PAIR(d, r)])
 #elif defined(BREAK_RESULT_EQUALITY)
-#define results_in(d)   (d == r || !has_rows[PAIR(r, d)] || \
-                         (signal[WORD(d, r, RESULT(0))] && signal[WORD(d, r, RESULT(PARTS - 1))]))
+#define all_parts_in(d) (signal[WORD(d, r, RESULT(0))] && signal[WORD(d, r, RESULT(PARTS - 1))])
 #else
-#define results_in(d)   (d == r || !has_rows[PAIR(r, d)] || \
-                         (current(d, r, RESULT(0)) && current(d, r, RESULT(PARTS - 1))))
+#define all_parts_in(d) (current(d, r, RESULT(0)) && current(d, r, RESULT(PARTS - 1)))
 #endif
+#define results_in(d)   (d == r || !has_rows[PAIR(r, d)] || all_parts_in(d))
 
 #if defined(BREAK_SERVE)
-#define served(s)       true
+#define packet_served(s) true
 #elif defined(BREAK_REPLY_CONSUMED)
-#define served(s)       (s == r || verdict[PAIR(r, s)] == NO_ROWS || consumed[PAIR(r, s)] == ALL_PARTS)
+#define packet_served(s) (consumed[PAIR(r, s)] == ALL_PARTS)
 #elif defined(BREAK_ONE_DECIDER)
-#define served(s)       (s == r || verdict2[PAIR(r, s)] && (verdict[PAIR(r, s)] == NO_ROWS || sent[PAIR(r, s)] == ALL_PARTS))
+#define packet_served(s) (sent[PAIR(r, s)] == ALL_PARTS && verdict2[PAIR(r, s)])
 #else
-#define served(s)       (s == r || verdict[PAIR(r, s)] == NO_ROWS || sent[PAIR(r, s)] == ALL_PARTS)
+#define packet_served(s) (sent[PAIR(r, s)] == ALL_PARTS)
 #endif
+#define served(s)       (s == r || verdict[PAIR(r, s)] == NO_ROWS || packet_served(s))
 
-#ifdef BREAK_QUIET
+#if defined(BREAK_QUIET) || defined(FENCE)
 #define empties_quiet   true
 #else
 #define empties_quiet   (!empties[r])
 #endif
 
-#define ALL_RANKS(property) (property(0) && property(1) && property(W - 1))     /* W is 2 or 3 */
-#define call_over       (ALL_RANKS(results_in) && ALL_RANKS(served) && empties_quiet)
+#define all_ranks(property) (property(0) && property(1) && property(W - 1))     /* W is 2 or 3 */
+#define call_over       (all_ranks(results_in) && all_ranks(served) && empties_quiet)
 
 /* The combine reads the results, at the latest when the call ends. */
 inline check_results() {
+  printf("rank %d ends call %d\n", r, epoch[r]);
   for (j : 0 .. W - 1) {
     if
     :: j != r ->
        assert(!has_rows[PAIR(r, j)] || region[WORD(j, r, RESULT(0))] == TAG(epoch[r], r, 0));
        assert(!has_rows[PAIR(r, j)] || region[WORD(j, r, RESULT(PARTS - 1))] == TAG(epoch[r], r, PARTS - 1));
 #ifdef BREAK_ONE_DECIDER        /* the two would lay out different canonical lists */
-       assert(verdict[PAIR(r, j)] == verdict2[PAIR(r, j)])
+       assert(!verdict2[PAIR(r, j)] || verdict[PAIR(r, j)] == verdict2[PAIR(r, j)])
 #endif
     :: else
     fi
-  }
+  };
+  skip
 }
 
-/* After its last call nobody writes to a rank any more: its memory may go without a barrier. */
+/* Consequence of the rules: when a rank's last call is over, no put to it is under way (poison apart). */
 inline check_silence() {
 #ifdef STRICT
   for (j : 0 .. W * KINDS - 1) {
     assert(j / KINDS == r || !under_way(j / KINDS, r, j % KINDS))
-  }
+  };
 #endif
   skip
 }
 
-/* With -DENDLESS: what lies in r's memory from before its current epoch is only ever compared with this epoch or a
- * later one, never equal, always less. It needs no name of its own and becomes 0. */
+/* With -DENDLESS: what lies in r's memory from before its current epoch will only ever be compared with this epoch or
+ * later ones, and is less. It needs no name of its own and becomes 0. */
 inline forget_earlier_calls() {
 #ifdef ENDLESS
   for (i : 0 .. W * KINDS - 1) {
@@ -367,12 +397,8 @@ inline forget_earlier_calls() {
     :: i / KINDS != r ->
        k = WORD(i / KINDS, r, i % KINDS);
        signal[k] = (signal[k] >= epoch[r] -> signal[k] : 0);
-       if
-       :: i % KINDS >= RESULT(0) -> region[k] = (region[k] >= TAG(epoch[r], 0, 0) -> region[k] : 0)
-       :: i % KINDS == HEADER -> header_rows[PAIR(i / KINDS, r)] = (signal[k] -> header_rows[PAIR(i / KINDS, r)] : 0);
-          region[k] = (region[k] >= epoch[r] -> region[k] : 0)
-       :: else -> region[k] = (region[k] >= epoch[r] -> region[k] : 0)
-       fi
+       region[k] = (region[k] >= (i % KINDS >= RESULT(0) -> TAG(epoch[r], 0, 0) : epoch[r]) -> region[k] : 0);
+       header_rows[PAIR(i / KINDS, r)] = header_rows[PAIR(i / KINDS, r)] && signal[WORD(i / KINDS, r, HEADER)]
     :: else
     fi
   };
@@ -380,43 +406,36 @@ inline forget_earlier_calls() {
   skip
 }
 
-/* With -DENDLESS the epochs of all ranks, and everything compared with them, move down by one when no rank is left
- * in the oldest epoch. All comparisons are with a rank's current epoch, so what is older than all of these needs no
- * name of its own: it becomes 0. The states are then finitely many for any number of calls. */
+/* With -DENDLESS, when no rank is left in epoch 1, all epochs move down by one, with everything that is compared with
+ * them. Only differences matter, so the finitely many states stand for any number of calls. */
 inline forget_oldest_epoch() {
 #ifdef ENDLESS
   if
   :: epoch[0] > 1 && epoch[1] > 1 && epoch[W - 1] > 1 ->
      for (i : 0 .. W - 1) { epoch[i]-- }
      for (i : 0 .. PAIRS * KINDS - 1) {
-       assert(!((issued[i] | landed[i]) & 3));          /* no put outlives the call after its own */
+       assert(!((issued[i] | landed[i]) & (BIT(0) | BIT(1))));     /* no put outlives the call after its own */
        issued[i] = issued[i] >> 1; landed[i] = landed[i] >> 1;
        signal[i] = (signal[i] -> signal[i] - 1 : 0);
-       if
-       :: i % KINDS >= RESULT(0) -> region[i] = (region[i] >= 2 * NEXT_EPOCH -> region[i] - NEXT_EPOCH : 0)
-       :: else -> region[i] = (region[i] -> region[i] - 1 : 0)
-       fi
+       k = (i % KINDS >= RESULT(0) -> NEXT_EPOCH : 1);
+       region[i] = (region[i] >= 2 * k -> region[i] - k : 0)
      }
-     for (i : 0 .. W * RING - 1) {
-       block[i] = (block[i] >= 2 * NEXT_EPOCH -> block[i] - NEXT_EPOCH : 0)
-     }
+     for (i : 0 .. W * RING - 1) { block[i] = (block[i] >= 2 * NEXT_EPOCH -> block[i] - NEXT_EPOCH : 0) }
   :: else
-  fi
-#else
-  skip
+  fi;
 #endif
+  skip
 }
 
 /* One step for all puts of a call: until a put lands nobody can tell whether it has been issued. */
 inline begin_call() {
   epoch[r]++;
-  sum = 0;
+  k = 0;
   for (j : 0 .. W - 1) {
     if
     :: j == r
     :: j != r ->
-       has_rows[PAIR(r, j)] = 0;
-       verdict[PAIR(r, j)] = UNDECIDED; ready[PAIR(r, j)] = 0; sent[PAIR(r, j)] = 0;
+       has_rows[PAIR(r, j)] = 0; verdict[PAIR(r, j)] = UNDECIDED; ready[PAIR(r, j)] = 0; sent[PAIR(r, j)] = 0;
 #ifdef BREAK_ONE_DECIDER
        verdict2[PAIR(r, j)] = UNDECIDED;
 #endif
@@ -424,11 +443,12 @@ inline begin_call() {
        consumed[PAIR(r, j)] = 0;
 #endif
        if
-       :: put(r, j, EMPTY); empties[r]++
-       :: sum < FANOUT ->
-          sum++; has_rows[PAIR(r, j)] = 1;
-          put(r, j, HEADER);
-          put(r, j, CHUNK(0));
+       :: printf("rank %d begins call %d: no rows for %d\n", r, epoch[r], j);
+          put(r, j, EMPTY); empties[r]++
+       :: k < FANOUT ->
+          printf("rank %d begins call %d: rows for %d\n", r, epoch[r], j);
+          k++; has_rows[PAIR(r, j)] = 1;
+          put(r, j, HEADER); put(r, j, CHUNK(0));
 #if CHUNKS > 1
           put(r, j, CHUNK(1));
 #endif
@@ -437,9 +457,8 @@ inline begin_call() {
 #endif
        fi
     fi
-  }
-  /* A rank waits for every other rank's header, so none gets two epochs ahead. */
-#ifdef STRICT
+  };
+#ifdef STRICT                   /* consequence of the rules: every rank waits for all headers, none gets two ahead */
   assert(epoch[r] <= epoch[0] + 1 && epoch[r] <= epoch[1] + 1 && epoch[r] <= epoch[W - 1] + 1);
 #endif
   forget_earlier_calls();
@@ -447,15 +466,14 @@ inline begin_call() {
 }
 
 #ifdef ENDLESS
-#define more_calls  true
+#define more_calls      true
 #else
-#define more_calls  (epoch[r] < CALLS)
+#define more_calls      (epoch[r] < CALLS)
 #endif
-
 #ifdef BREAK_TEARDOWN
-#define puts_quiet  true
+#define results_quiet   true
 #else
-#define puts_quiet  (!block_readers[r * RING] && !block_readers[r * RING + RING - 1])
+#define results_quiet   (!block_readers[BLOCK(r, 0)] && !block_readers[BLOCK(r, RING - 1)])
 #endif
 
 inline poison_all() {
@@ -468,22 +486,21 @@ inline poison_all() {
   skip
 }
 
+/* The end of a call and the start of the next are one step: to the others, a rank between two calls looks like one
+ * whose next puts have not landed. Atomic, not d_step, because begin_call chooses; it never blocks. */
 proctype rank(byte r) {
   do
-  /* The end of a call and the start of the next are one step: to the others, a rank between two calls looks like one
-   * whose next puts have not landed. Atomic, not d_step, because begin_call chooses. */
   :: atomic { phase[r] == RUNNING && call_over && more_calls -> check_results(); begin_call() }
   :: d_step { phase[r] == RUNNING && call_over && !more_calls -> check_results(); check_silence(); phase[r] = CLOSING }
-  /* Results may still travel when the last call is over: the group's staging waits for them. */
-  :: d_step { phase[r] == CLOSING && puts_quiet ->
-       for (i : r * RING .. r * RING + RING - 1) { block[i] = 0 }
-       phase[r] = CLOSED }
+  :: d_step { phase[r] == CLOSING && results_quiet ->           /* results may outlive the call; staging is freed now */
+       printf("rank %d frees its staging\n", r);
+       for (i : r * RING .. r * RING + RING - 1) { block[i] = 0 }; phase[r] = CLOSED }
 #if ABORTS > 0
-  /* A deadline passes, whatever the rank was waiting for. */
-  :: d_step { phase[r] == RUNNING && epoch[r] > 0 && aborts_left > 0 ->
-       aborts_left--; phase[r] = FAILED;
-       poison_all() }
-  :: d_step { phase[r] == RUNNING && poison[r] -> phase[r] = FAILED }
+  :: d_step { phase[r] == RUNNING && epoch[r] > 0 && aborts_left > 0 ->         /* whatever it was waiting for */
+       printf("rank %d times out in call %d\n", r, epoch[r]);
+       aborts_left--; phase[r] = FAILED; poison_all() }
+  :: d_step { phase[r] == RUNNING && poison[r] ->
+       printf("rank %d sees poison in call %d\n", r, epoch[r]); phase[r] = FAILED }
 #endif
 #ifdef BREAK_STICKY
   :: atomic { phase[r] == FAILED && more_calls -> phase[r] = RUNNING; begin_call() }
@@ -494,10 +511,7 @@ proctype rank(byte r) {
 
 init {
   atomic {
-    for (i : 0 .. PAIRS - 1) { verdict[i] = NO_ROWS }   /* epoch 0: a call without rows that is over */
-#ifdef BREAK_ONE_DECIDER
-    for (i : 0 .. PAIRS - 1) { verdict2[i] = NO_ROWS }
-#endif
+    for (i : 0 .. PAIRS - 1) { verdict[i] = NO_ROWS }   /* epoch 0: a call without rows, which is over */
     for (i : 0 .. W - 1) {
       run rank(i);
       for (j : 0 .. W - 1) {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <list>
 #include <random>
 
 #include "platform/host.h"
@@ -15,7 +16,7 @@ namespace flashmoe::test {
 // What is broken on purpose.
 enum class Fault {
   kNone,
-  kSignalBeforePayload,  // a put's signal may land before its rows
+  kSignalBeforePayload,  // the signal of tokens or results may land before its rows
   kLostSignal,           // one signal in twenty never lands
   kQuietLies,            // quiet() says yes while puts are under way
   kEarlyRelease,         // release_when_landed does not wait for the landing
@@ -30,10 +31,13 @@ enum class Fault {
 // when it travels, and is there before its own signal; nothing holds between two puts.
 class SimNetwork {
  public:
-  SimNetwork(std::mt19937_64& random, Fault fault) : random_(random), fault_(fault) {}
+  // `newest_first`: mostly the latest put moves, so that old ones wait for very long.
+  SimNetwork(std::mt19937_64& random, bool newest_first, Fault fault)
+      : random_(random), newest_first_(newest_first), fault_(fault) {}
 
   struct Put {
     int rank;
+    Traffic kind;
     std::byte* to;
     const std::byte* from;
     size_t bytes;
@@ -43,6 +47,8 @@ class SimNetwork {
 
   void put(Put p) {
     p.number = puts_++;
+    // Here a lie shall cost the order of the signals alone: what they announce outlives the call that put it.
+    if (fault_ == Fault::kQuietLies) p.from = kept_.emplace_back(p.from, p.from + p.bytes).data();
     in_flight_.push_back(p);
   }
   bool quiet(int rank) const {
@@ -56,9 +62,10 @@ class SimNetwork {
   // A piece of a payload, or a signal. False if nothing is under way.
   bool move_one() {
     if (in_flight_.empty()) return false;
-    const size_t i = random_() % in_flight_.size();
+    const bool newest = newest_first_ && random_() % 40;
+    const size_t i = newest ? in_flight_.size() - 1 : random_() % in_flight_.size();
     Put& p = in_flight_[i];
-    const bool early = fault_ == Fault::kSignalBeforePayload && random_() % 4 == 0;
+    const bool early = fault_ == Fault::kSignalBeforePayload && p.kind != Traffic::kHeader && random_() % 4 == 0;
     if (early) HostPlatform::store_release(p.signal, p.word);
     if (p.bytes) {
       const size_t piece = std::min<size_t>(p.bytes, 1 + random_() % (2 * p.bytes));
@@ -83,15 +90,18 @@ class SimNetwork {
     std::erase_if(releases_, [this](const Release& r) {
       const bool landed = std::none_of(in_flight_.begin(), in_flight_.end(),
                                        [&r](const Put& p) { return p.rank == r.rank && p.number < r.puts_before; });
-      if (landed || fault_ == Fault::kEarlyRelease) HostPlatform::store_release(r.word, r.value);
-      return landed || fault_ == Fault::kEarlyRelease;
+      const bool early = fault_ == Fault::kEarlyRelease || fault_ == Fault::kQuietLies;
+      if (landed || early) HostPlatform::store_release(r.word, r.value);
+      return landed || early;
     });
   }
 
   std::mt19937_64& random_;
+  bool newest_first_;
   Fault fault_;
   uint64_t puts_ = 0;
   std::vector<Put> in_flight_;
+  std::list<std::vector<std::byte>> kept_;
   std::vector<Release> releases_;
 };
 
@@ -107,12 +117,12 @@ class SimPlatform : public HostPlatform {
   std::byte* window(int pe, size_t offset, std::byte* stage) const {
     return pe == ep_rank_ || !network_ ? heaps_[pe] + offset : stage;
   }
-  void commit(int pe, size_t offset, const std::byte* source, size_t bytes, size_t signal, uint64_t word, Traffic) {
+  void commit(int pe, size_t offset, const std::byte* source, size_t bytes, size_t signal, uint64_t word, Traffic kind) {
     uint64_t* flag = reinterpret_cast<uint64_t*>(heaps_[pe] + signal);
     if (pe == ep_rank_ || !network_)
       store_release(flag, word);
     else
-      network_->put({ep_rank_, heaps_[pe] + offset, source, bytes, flag, word, 0});
+      network_->put({ep_rank_, kind, heaps_[pe] + offset, source, bytes, flag, word, 0});
   }
   bool quiet() { return !network_ || network_->quiet(ep_rank_); }
   void release_when_landed(uint32_t* word, uint32_t value) {

@@ -21,22 +21,25 @@ struct CallOfAll {
 
 // What one rank passes in: its share of the weights, bytes rather than floats.
 struct RankArgs {
+  Tokens tokens;
+  std::optional<ExpertMap> map;
   std::vector<std::byte> x, gate_up, gate_up_bias, down, down_bias, y;
   ForwardArgs args;
 
-  RankArgs(const CallOfAll& call, int rank, int ep_size) {
+  RankArgs(const RankArgs&) = delete;  // args points into the rest
+  RankArgs(const CallOfAll& call, int rank, int ep_size) : tokens(call.tokens[rank]), map(call.map) {
     const Layer& l = *call.layer;
-    const Tokens& t = call.tokens[rank];
-    const ExpertMap map = call.map ? *call.map : equal_blocks(l.num_experts, ep_size);
-    x = encode(t.x, l.dtype), gate_up = slice(l, l.gate_up, map, rank), down = slice(l, l.down, map, rank);
-    gate_up_bias = slice(l, l.gate_up_bias, map, rank), down_bias = slice(l, l.down_bias, map, rank);
+    const Tokens& t = tokens;
+    const ExpertMap owner = map ? *map : equal_blocks(l.num_experts, ep_size);
+    x = encode(t.x, l.dtype), gate_up = slice(l, l.gate_up, owner, rank), down = slice(l, l.down, owner, rank);
+    gate_up_bias = slice(l, l.gate_up_bias, owner, rank), down_bias = slice(l, l.down_bias, owner, rank);
     y.assign(x.size(), std::byte{0x7f});  // no sum of ours
     int local = 0;
-    for (int32_t owner : map) local += owner == rank;
+    for (int32_t o : owner) local += o == rank;
     // A rank without experts has empty biases, which is not the same as none.
     auto bias = [&](const std::vector<std::byte>& b) -> const void* { return !l.bias ? nullptr : b.empty() ? this : (const void*)b.data(); };
     args = {x.data(), t.ids.data(), 8, t.weights.data(), gate_up.data(), bias(gate_up_bias), down.data(), bias(down_bias),
-            y.data(), call.map ? call.map->data() : nullptr, t.num_tokens, l.top_k, l.hidden_size, l.intermediate_size,
+            y.data(), map ? map->data() : nullptr, t.num_tokens, l.top_k, l.hidden_size, l.intermediate_size,
             l.num_experts, local, l.layer, l.dtype, l.activation, l.gated};
   }
 };
@@ -46,7 +49,7 @@ using Program = std::vector<CallOfAll>;
 
 struct TeamOptions {
   int ep_size = 2, num_workers = 1;
-  std::optional<uint64_t> remote_only_seed;
+  std::optional<uint64_t> remote_only_seed = std::nullopt;
   uint64_t last_epoch = 0;
   double timeout_s = 30, entry_timeout_s = 30;
 };

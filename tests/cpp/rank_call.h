@@ -1,0 +1,66 @@
+// One rank's call as the roles take it: the Call, and a workspace to run it in. Written anew here, so that a test of
+// the roles does not lean on the runtime.
+#pragma once
+
+#include <memory>
+
+#include "platform/host.h"
+#include "protocol/workspace.h"
+#include "team.h"
+
+namespace flashmoe::test {
+
+class RankCall {
+ public:
+  // `ring_blocks`: 0 for as many as there is room for.
+  RankCall(const CallOfAll& of_all, int rank, int ep_size, uint64_t epoch, const HeapLayout& layout, bool staged, uint32_t ring_blocks = 0)
+      : shape(*of_all.layer), args_(of_all, rank, ep_size) {
+    const ForwardArgs& a = args_.args;
+    const ExpertMap owner = of_all.map ? *of_all.map : equal_blocks(a.num_experts, ep_size);
+    position_.resize(a.num_experts), rank_begin_.push_back(0);
+    int next = 0;
+    for (int d = 0; d < ep_size; ++d) {
+      for (int e = 0; e < a.num_experts; ++e)
+        if (owner[e] == d) position_[e] = next++;
+      rank_begin_.push_back(next);
+    }
+    for (int64_t id : args_.tokens.ids) ids_.push_back(id == a.num_experts ? -1 : int32_t(id));
+
+    call.ep_size = ep_size, call.ep_rank = rank, call.epoch = epoch;
+    call.tag = {a.layer, a.hidden_size, a.intermediate_size, a.num_experts, 0, 0, 0, a.gated, uint8_t(shape.bias)};
+    call.num_tokens = a.num_tokens, call.top_k = a.top_k, call.num_experts = a.num_experts;
+    call.hidden_size = a.hidden_size, call.intermediate_size = a.intermediate_size, call.gated = a.gated;
+    call.expert_position = position_.data(), call.rank_begin = rank_begin_.data();
+    call.x = bytes(a.x), call.y = static_cast<std::byte*>(a.y), call.topk_ids = ids_.data(), call.topk_weights = a.topk_weights;
+    call.gate_up_proj = bytes(a.gate_up_proj), call.gate_up_bias = bytes(a.gate_up_bias);
+    call.down_proj = bytes(a.down_proj), call.down_bias = bytes(a.down_bias);
+
+    const Workspace size(call, layout, staged, nullptr);
+    // Not zeroed: nothing may be read that this call has not written.
+    Line line;
+    std::memset(line.bytes, 0xa5, sizeof line.bytes);
+    memory_.assign(size.bytes / sizeof(Line) + 1, line);
+    workspace = std::make_unique<Workspace>(call, layout, staged, memory_[0].bytes);
+    if (ring_blocks) workspace->ring_blocks = std::min(workspace->ring_blocks, ring_blocks);
+    workspace->reset(call, HostPlatform::now_ns());
+  }
+
+  std::vector<float> y() const { return decode(args_.y, DType::kFloat32); }
+  const Tokens& tokens() const { return args_.tokens; }
+
+  const LayerShape shape;
+  Call call{};
+  std::unique_ptr<Workspace> workspace;
+
+ private:
+  struct alignas(64) Line {
+    std::byte bytes[64];
+  };
+  static const std::byte* bytes(const void* p) { return static_cast<const std::byte*>(p); }
+
+  RankArgs args_;
+  std::vector<int32_t> position_, rank_begin_, ids_;
+  std::vector<Line> memory_;
+};
+
+}  // namespace flashmoe::test
