@@ -41,6 +41,11 @@ class RunOptions:
     started: float
 
     @property
+    def all_threads(self) -> int:
+        """What all ranks have together, as far as there are cores for them."""
+        return min(self.threads * self.ranks, self.usable_threads)
+
+    @property
     def experts_per_rank(self) -> list[int]:
         """Neighbouring experts, as evenly as they go."""
         bounds = [rank * self.shape.num_experts // self.ranks for rank in range(self.ranks + 1)]
@@ -58,80 +63,74 @@ def run_rank(options: RunOptions) -> dict[str, Any] | None:
     ranks = Ranks()
     report = partial(say, options) if ranks.rank == 0 else lambda text: None
     torch.set_num_threads(options.threads)
-    shape, dtype = options.shape, DTYPES[options.dtype]
+    shape = options.shape
 
     report(f"weights: {shape.num_experts} experts of {shape.expert_elements / 1e6:.2f} M elements")
     layer, whole = _build(options, ranks)
     report(f"activations: {options.tokens} tokens a rank, {options.input}")
     activations = text_activations if options.input == "text" else random_activations
-    x = activations(options.tokens, shape.hidden_size, rank=ranks.rank, seed=options.seed).to(dtype)
+    x = activations(options.tokens, shape.hidden_size, rank=ranks.rank, seed=options.seed).to(DTYPES[options.dtype])
     routing = layer.router(x)
     y = layer(x, routing)
     stats = ranks.collect_objects(layer.stats)
-    repeat = ranks.collect_objects(bool(torch.equal(_bits(y), _bits(layer(x, routing)))))
+    repeat = ranks.collect_objects(torch.equal(_bits(y), _bits(layer(x, routing))))
 
-    threads = min(options.threads * options.ranks, options.usable_threads)  # what all ranks have together
-    all_x, all_y = (ranks.collect(rows.float()) for rows in (x, y))  # float32 holds every dtype's values
-    ids, weights = ranks.collect(routing.topk_ids), ranks.collect(routing.topk_weights)
     result: dict[str, Any] = {}
-    check = None
+    check, run_whole = None, None
+    everything = [ranks.collect(part) for part in (x.float(), y.float(), routing.topk_ids, routing.topk_weights)]
     if ranks.rank == 0:
-        all_x, everything = all_x.to(dtype), Routing(ids, weights, shape.num_experts)
+        all_x, all_y = everything[0].to(x.dtype), everything[1]  # they travelled in float32, which holds every dtype
+        all_routing = Routing(*everything[2:], shape.num_experts)
+        run_whole = partial(whole, all_x, all_routing)
         report(f"reference: {checked_tokens(shape, len(all_x))} of {len(all_x)} tokens in float64")
-        torch.set_num_threads(threads)
-        check = Check(shape, whole, all_x, everything, options.tokens)
+        torch.set_num_threads(options.all_threads)
+        check = Check(shape, whole, all_x, all_routing, options.tokens)
         result = {
-            "routing": _load(options, everything),
+            "routing": _load(options, all_routing),
             "error": check.error_of(all_y) | {"bitwise_repeat": all(repeat)},
             "bytes_per_peer": [rank["bytes_per_peer"] for rank in stats],
             "rows_computed": [sum(rank["tokens_per_expert"]) for rank in stats],
         }
 
-    report(f"floor: rates of this machine with {threads} threads")
-    rates = _rates(threads, ranks)
-    ours = Contender("flashmoe", lambda: layer(x, routing), options.threads)
-    contenders = [ours, Contender("with router", lambda: layer(x), options.threads)]
-    skipped, errors = {}, {}
+    report(f"floor: rates of this machine with {options.all_threads} threads")
+    rates = _rates(options, ranks)
+    contenders = [
+        Contender("flashmoe", partial(layer, x, routing), options.threads),
+        Contender("with router", partial(layer, x), options.threads),
+    ]
+    results = []
     for name in options.baselines:
         report(f"baseline: {name}")
-        try:
-            if name == baselines.ONE_PROCESS:
-                call = (lambda: whole(all_x, everything)) if ranks.rank == 0 else None
-                contender = Contender(name, call, threads)
-            else:
-                contender = Contender(name, _baseline(name, options, layer, x, routing), options.threads)
-            rows = contender.call() if contender.call else y
-            rows = rows.float() if name == baselines.ONE_PROCESS else ranks.collect(rows.float())
-        except Exception as error:
-            # Another's code may not support a shape; its failure is not ours. A pipeline that fails on one rank would
-            # leave the others waiting, so that is an error.
-            if not (isinstance(error, baselines.Skipped) or name.startswith("hf-")):
-                raise
-            skipped[name] = str(error) if isinstance(error, baselines.Skipped) else f"it raised {error!r}"
+        contender, answer = _enter_baseline(name, options, ranks, layer, run_whole, x, routing)
+        if contender is None:
+            results.append({"name": name, "skipped": answer})
             continue
-        if ranks.rank == 0:
-            errors[name] = check.error_of(rows)["relative"]
+        results.append({"name": name, "relative_error": check.error_of(answer)["relative"] if check else None})
         contenders.append(contender)
 
     report("timing: " + ", ".join(contender.name for contender in contenders))
     processors = ProcessorTime()
     take_turns(contenders, ranks, options.iterations, options.warmup, options.seconds, report)
     processor_seconds = ranks.collect_objects(processors.mine())
-    rates = {key: max(rates[key], again) for key, again in _rates(threads, ranks).items()}  # neighbours come and go
+    cores = processors.shares(sum(processor_seconds)) if ranks.rank == 0 else None
+    again = _rates(options, ranks)
     if ranks.rank:
         return None
-    flops = shape.flops(ids.numel())
-    result["rates"] = rates
-    result["cores_while_timing"] = processors.shares(sum(processor_seconds))
-    result |= {"latency": spread(ours.samples), "latency_with_router": spread(contenders[1].samples)}
-    result["baselines"] = [
-        {"name": other.name, "relative_error": errors[other.name], **spread(other.samples), **speedup(ours, other)}
-        for other in contenders[2:]
-    ] + [{"name": name, "skipped": reason} for name, reason in skipped.items()]
-    for timed in (result["latency"], *result["baselines"]):
-        if "p50" in timed:
-            timed["gflops"] = flops / timed["p50"] / 1e9
-    return result | _floor(options, result, flops)
+    flops = shape.flops(all_routing.topk_ids.numel())
+    timed = {contender.name: contender for contender in contenders}
+    for entry in results:
+        if entry["name"] in timed:
+            other = timed[entry["name"]]
+            entry |= _speed(other, flops) | speedup(contenders[0], other)
+    result |= {
+        "rates": {name: max(rate, again[name]) for name, rate in rates.items()},  # neighbours come and go
+        "cores_while_timing": cores,
+        "latency": _speed(contenders[0], flops),
+        "latency_with_router": _speed(contenders[1], flops),
+        "baselines": results,
+        "flops": flops,
+    }
+    return result | _floor(options, result)
 
 
 def _build(options: RunOptions, ranks: Ranks) -> tuple[MoE, MoE | None]:
@@ -159,25 +158,42 @@ def _build(options: RunOptions, ranks: Ranks) -> tuple[MoE, MoE | None]:
     return layer, whole
 
 
-def _baseline(name: str, options: RunOptions, layer: MoE, x: torch.Tensor, routing: Routing):
-    if name.startswith("hf-"):
-        implementation = name.removeprefix("hf-")
-        return baselines.hugging_face(
-            implementation, options.shape, x, routing, layer.gate_up_proj, layer.down_proj
-        )
-    return baselines.pipeline(
-        name, options.shape, x, routing, layer.gate_up_proj, layer.down_proj, options.experts_per_rank
-    )
+def _enter_baseline(
+    name: str, options: RunOptions, ranks: Ranks, layer: MoE, run_whole: Any, x: torch.Tensor, routing: Routing
+) -> tuple[Contender | None, Any]:
+    """A contender and, on rank 0, its result for all tokens in float32; or None and why it cannot take part."""
+    shape, weights = options.shape, (layer.gate_up_proj, layer.down_proj)
+    if name == baselines.ONE_PROCESS:
+        contender = Contender(name, run_whole, options.all_threads)
+        return contender, contender.call().float() if run_whole else None
+    if name in baselines.PIPELINES:
+        try:
+            call = baselines.pipeline(name, shape, x, routing, *weights, options.experts_per_rank)
+        except baselines.Skipped as reason:
+            return None, str(reason)
+        return Contender(name, call, options.threads), ranks.collect(call().float())
+    try:
+        call = baselines.hugging_face(name.removeprefix("hf-"), shape, x, routing, *weights)
+        return Contender(name, call, options.threads), call().float()
+    except baselines.Skipped as reason:
+        return None, str(reason)
+    except Exception as error:  # another's code, which need not support every shape and dtype
+        return None, f"it raised {error!r}"
 
 
-def _rates(threads: int, ranks: Ranks) -> dict[str, float]:
-    """What this machine can do, measured on rank 0 while the others wait."""
+def _rates(options: RunOptions, ranks: Ranks) -> dict[str, float]:
+    """What this machine can do with the threads of all ranks, measured on rank 0 while the others wait."""
+    rates = {"threads": options.all_threads}
     ranks.barrier()
-    rates = {"threads": threads}
     if ranks.rank == 0:
-        rates |= {"gemm_gflops": gemm_gflops(threads), "read_gb_s": read_gb_s(threads)}
+        rates |= {"gemm_gflops": gemm_gflops(options.all_threads), "read_gb_s": read_gb_s(options.all_threads)}
     ranks.barrier()
     return rates
+
+
+def _speed(contender: Contender, flops: int) -> dict[str, Any]:
+    latency = spread(contender.samples)
+    return latency | {"gflops": flops / latency["p50"] / 1e9}
 
 
 def _load(options: RunOptions, routing: Routing) -> dict[str, Any]:
@@ -192,20 +208,19 @@ def _load(options: RunOptions, routing: Routing) -> dict[str, Any]:
     }
 
 
-def _floor(options: RunOptions, result: dict[str, Any], flops: int) -> dict[str, Any]:
+def _floor(options: RunOptions, result: dict[str, Any]) -> dict[str, Any]:
     """The least time that the measured rates allow, were the work spread evenly, and how near the median comes."""
-    rates, median = result["rates"], result["latency"]["p50"]
+    rates, latency = result["rates"], result["latency"]
     touched = result["routing"]["experts_used"] * options.shape.expert_elements * DTYPES[options.dtype].itemsize
-    compute, read = flops / (rates["gemm_gflops"] * 1e9), touched / (rates["read_gb_s"] * 1e9)
-    floor = max(compute, read)
-    return {
-        "floor": {
-            "seconds": floor, "compute_seconds": compute, "read_seconds": read, "weight_bytes_touched": touched,
-            "share_of_speed": floor / median,
-        },
-        "flops": flops,
-        "gemm_share": result["latency"]["gflops"] / rates["gemm_gflops"],
-    }  # fmt: skip
+    compute, read = result["flops"] / (rates["gemm_gflops"] * 1e9), touched / (rates["read_gb_s"] * 1e9)
+    floor = {
+        "seconds": max(compute, read),
+        "compute_seconds": compute,
+        "read_seconds": read,
+        "weight_bytes_touched": touched,
+        "share_of_speed": max(compute, read) / latency["p50"],
+    }
+    return {"floor": floor, "gemm_share": latency["gflops"] / rates["gemm_gflops"]}
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,8 @@
 """One layer call over all ranks, drawn from one seed: data, placement, the call itself, and how far off it may be."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +16,17 @@ SKEWS = ("uniform", "zipf", "one_hot_expert", "one_rank", "few_experts", "repeat
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 # float32 sums over the widths used here, relative to the largest element of the row.
 ACCUMULATION = 1e-5
+
+
+@contextlib.contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Many tiny products: on busy cores, the threads of one would wait for each other far longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclasses.dataclass
@@ -116,11 +129,12 @@ class LayerCase:
         x, weights = self.x[rank], self.topk_weights[rank].double()[..., None]
         assert y.shape == x.shape and y.dtype == x.dtype and y.is_contiguous()
         # Each (token, choice) by itself: [T, k, H].
-        rows = moe_reference(
-            x.repeat_interleave(self.top_k, 0), self.topk_ids[rank].reshape(-1, 1), torch.ones(weights.numel(), 1),
-            self.gate_up_proj, self.down_proj, activation=self.activation, gated=self.gated,
-            gate_up_bias=self.gate_up_bias, down_bias=self.down_bias, compute_dtype=torch.float64,
-        ).reshape(*weights.shape[:2], self.hidden_size)  # fmt: skip
+        with one_torch_thread():
+            rows = moe_reference(
+                x.repeat_interleave(self.top_k, 0), self.topk_ids[rank].reshape(-1, 1), torch.ones(weights.numel(), 1),
+                self.gate_up_proj, self.down_proj, activation=self.activation, gated=self.gated,
+                gate_up_bias=self.gate_up_bias, down_bias=self.down_bias, compute_dtype=torch.float64,
+            ).reshape(*weights.shape[:2], self.hidden_size)  # fmt: skip
         expected, magnitude = (weights * rows).sum(1), (weights * rows).abs().sum(1)
         allowed = ROUNDING[self.dtype] * (magnitude + expected.abs()) * 1.02
         allowed = allowed + ACCUMULATION * magnitude.amax(dim=-1, keepdim=True)

@@ -21,12 +21,6 @@ def good() -> dict:
     return tensors | case.weights_of(0) | {"expert_map": torch.zeros(E, dtype=torch.int32)}
 
 
-def call(arguments: dict):
-    return flashmoe.fused_moe(
-        *(arguments.pop(n) for n in ("x", "topk_ids", "topk_weights", "gate_up_proj", "down_proj")), **arguments
-    )
-
-
 def zeros(*shape, dtype=torch.float32):
     return torch.zeros(shape, dtype=dtype)
 
@@ -76,7 +70,7 @@ BAD_ARGUMENTS = [
     ("expert_map", lambda t: t - 1, ValueError, "expert_map must hold ranks in [0, 1), got -1 for expert 0"),
     ("activation", lambda t: "swish", ValueError, "activation must be one of silu, gelu, gelu_tanh, relu, got 'swish'"),
     ("gated", lambda t: False, ValueError, "gate_up_proj must have shape (E_local, I, H) = (8, 24, 32)"),
-    ("group", lambda t: 3, TypeError, "group must be a torch.distributed.ProcessGroup or None, got int"),
+    ("group", lambda t: 3, TypeError, "group must be a torch.distributed.ProcessGroup, got int"),
     ("group", lambda t: "nobody", Exception, "nobody"),
 ]  # fmt: skip
 
@@ -88,8 +82,8 @@ def test_bad_argument(name, spoil, error, message):
     arguments = good()
     arguments[name] = spoil(arguments.get(name))
     with pytest.raises(error, match=re.escape(message)):
-        call(arguments)
-    call(good())  # and nothing is left of it
+        flashmoe.fused_moe(**arguments)
+    flashmoe.fused_moe(**good())  # and nothing is left of it
 
 
 def test_every_argument_of_the_good_call_is_spoilt_somewhere():
@@ -97,11 +91,11 @@ def test_every_argument_of_the_good_call_is_spoilt_somewhere():
 
 
 def test_a_device_that_this_build_has_not():
-    with FakeTensorMode():
-        x = torch.empty(T, H, device="cuda")
-        arguments = {name: tensor.to("cuda") for name, tensor in good().items()} | {"x": x}
+    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in good().items()}
+    with FakeTensorMode():  # tensors of any device, without the device
+        arguments = {name: torch.empty(shape, dtype=dtype, device="cuda") for name, (shape, dtype) in shapes.items()}
         with pytest.raises(ValueError, match="x must be on the CPU: this build of flashmoe has no other device, got cuda"):
-            call(arguments)
+            flashmoe.fused_moe(**arguments)
 
 
 # --- several ranks --------------------------------------------------------------------------------------------
@@ -186,10 +180,11 @@ def test_a_call_above_the_arena_is_refused_before_anything_is_sent(change, messa
 
 
 def test_a_rank_that_does_not_come_is_named():
-    team = make_team(3, timeout_s=0.3, entry_timeout_s=0.6)
+    team = make_team(3, timeout_s=15, entry_timeout_s=1)
     case = LayerCase(H, I, 9, K, (5, 5, 5))
     errors = outcomes(team[:2], case.call)
-    named(errors, PeerError, "rank 2")
+    named(errors, PeerError)
+    assert any("rank 2" in str(error) for error in errors)  # by the first; the other may hear of it from that one
 
 
 def test_a_group_that_is_gone():

@@ -75,17 +75,22 @@ class MoeKernel {
     if (waited < kLookAtPeersAfterNs) return;
     const bool all_entered = P::load_acquire(&c_.ws.counters->headers_known) == uint32_t(c_.call.ep_size);
     const bool too_late = waited > (all_entered ? deadlines_.entered_ns : deadlines_.not_entered_ns);
-    bool waits = false;
-    for (int pe = 0; pe < c_.call.ep_size; ++pe) {
+    // The cause is whoever is missed earliest in a call: one whose header is not here holds up the others, who
+    // then wait as I do. I wait for myself only because of somebody else.
+    Trouble cause{Failure::kNone, Phase::kQuiet, c_.call.ep_rank, -1, 0, waited};
+    for (int i = 1; i <= c_.call.ep_size; ++i) {
+      const int pe = (c_.call.ep_rank + i) % c_.call.ep_size;  // myself last
       Trouble t{Failure::kTimeout, Phase::kNone, pe, -1, 0, waited};
-      if (subscriber_.waits_for(pe, t.phase, t.seen) || processor_.waits_for(pe, t.phase, t.expert, t.seen)) {
-        waits = true;
-        // A peer that has done its part of this epoch may be gone; only one that is waited for is missed.
-        if (pe != c_.call.ep_rank && !c_.platform.peer_alive(pe)) t.failure = Failure::kPeerDied;
-        if (too_late || t.failure == Failure::kPeerDied) return fail(t);
+      if (!subscriber_.waits_for(pe, t.phase, t.seen) && !processor_.waits_for(pe, t.phase, t.expert, t.seen)) continue;
+      // A peer that has done its part of this epoch may be gone; only one that is waited for is missed.
+      if (pe != c_.call.ep_rank && !c_.platform.peer_alive(pe)) {
+        t.failure = Failure::kPeerDied;
+        return fail(t);
       }
+      if (uint32_t(t.phase) < uint32_t(cause.phase)) cause = t;
     }
-    if (too_late && !waits) fail({Failure::kTimeout, Phase::kQuiet, c_.call.ep_rank, -1, 0, waited});
+    cause.failure = Failure::kTimeout;
+    if (too_late) fail(cause);
   }
 
   struct Trouble {

@@ -93,7 +93,12 @@ byte count[PAIRS];
 byte expected[PAIRS];
 #endif
 
-hidden byte i, j, k, e;         /* scratch within one step, no part of the state */
+/* Scratch within one step, no part of the state (breadth-first search cannot leave it out). */
+#ifdef SHORTEST
+byte i, j, k, e;
+#else
+hidden byte i, j, k, e;
+#endif
 
 /* A result of another call, another source's, or another part would have another tag. */
 #define TAG(e, s, p)    (((e) * W + (s)) * PARTS + (p))
