@@ -47,8 +47,10 @@ def _parser() -> argparse.ArgumentParser:
         text = help if default is None else f"{help} (default: {default})"
         run.add_argument(name, help=text, default=default, **how)
 
-    option("--model", f"shape of the layer: {', '.join(SHAPES)}", _DEFAULT_MODEL, choices=list(SHAPES), metavar="NAME")
-    option("--scale", f"divides both widths (default: {_DEFAULT_SCALE} without --model, else 1)", type=_positive, metavar="N")
+    option("--model", f"shape of the layer: {', '.join(SHAPES)}", _DEFAULT_MODEL, choices=list(SHAPES),
+           metavar="NAME")
+    option("--scale", f"divides both widths (default: {_DEFAULT_SCALE} without --model, else 1)", type=_positive,
+           metavar="N")
     option("--tokens", "tokens per rank", 512, type=_positive, metavar="T")
     option("--ranks", "processes; 1 means this one alone", 2, type=_positive, metavar="W")
     option("--dtype", "of weights and tokens: fp32, bf16 or fp16", "fp32", choices=list(DTYPES), metavar="D")

@@ -87,7 +87,8 @@ def information_text(information: dict[str, Any]) -> str:
     """The same to read."""
     found, build, host = information["found"], information["build"], information["machine"]
     defaults = information["arena_defaults"]
-    arena = ", ".join(f"{bytes / 2**20:.0f} MiB a rank for {size}" for size, bytes in defaults["bytes_per_rank"].items())
+    needs = defaults["bytes_per_rank"].items()
+    arena = ", ".join(f"{count / 2**20:.0f} MiB a rank for {ranks} ranks" for ranks, count in needs)
     lines = [(name, value or "not installed") for name, value in information["versions"].items() if name != "commit"]
     lines += [
         ("commit", information["versions"]["commit"] or "not a checkout"),

@@ -161,9 +161,7 @@ def _check(
             f"topk_ids must have shape (T, k) = ({num_tokens}, {given_k or weights_k}), got {tuple(ids_shape)}"
         )
     if topk_weights.shape != ids_shape:
-        raise ValueError(
-            f"topk_weights must have shape (T, k) = {tuple(ids_shape)}, got {tuple(topk_weights.shape)}"
-        )
+        raise ValueError(f"topk_weights must have shape (T, k) = {tuple(ids_shape)}, got {tuple(topk_weights.shape)}")
     if activation not in ACTIVATION_CODES:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATION_CODES)}, got {activation!r}")
 
@@ -235,7 +233,8 @@ class _Forward(torch.autograd.Function):
     def backward(ctx, grad_y):
         # Through an operator, so that tracing a backward graph succeeds and running it raises.
         needed = ctx.needs_input_grad[1:]
-        grads = [_MOE_BACKWARD(grad_y, tensor) if need else None for tensor, need in zip(ctx.saved_tensors, needed)]
+        pairs = zip(ctx.saved_tensors, needed[:7], strict=True)
+        grads = [_MOE_BACKWARD(grad_y, tensor) if need else None for tensor, need in pairs]
         return None, *grads, *[None] * (len(needed) - len(grads))
 
 

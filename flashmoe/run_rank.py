@@ -1,4 +1,4 @@
-"""One rank's part of ``flashmoe run``: build the layer, check it against the reference, time it beside the baselines."""
+"""One rank's part of ``flashmoe run``: build the layer, check it against the reference, time it beside others."""
 
 import sys
 import time

@@ -94,7 +94,9 @@ def test_a_device_that_this_build_has_not():
     shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in good().items()}
     with FakeTensorMode():  # tensors of any device, without the device
         arguments = {name: torch.empty(shape, dtype=dtype, device="cuda") for name, (shape, dtype) in shapes.items()}
-        with pytest.raises(ValueError, match="x must be on the CPU: this build of flashmoe has no other device, got cuda"):
+        with pytest.raises(
+            ValueError, match="x must be on the CPU: this build of flashmoe has no other device, got cuda"
+        ):
             flashmoe.fused_moe(**arguments)
 
 
@@ -211,7 +213,9 @@ def test_nan_and_infinity_reach_only_the_rows_they_touch(where, bad, ep_size, dt
     expert, token = 4, 7
     if where in ("x", "topk_weights"):
         getattr(case, where)[0][token, 1] = bad
-        touched = [torch.arange(t) == token if rank == 0 else torch.zeros(t, dtype=bool) for rank, t in enumerate(tokens)]
+        touched = [
+            torch.arange(t) == token if rank == 0 else torch.zeros(t, dtype=bool) for rank, t in enumerate(tokens)
+        ]
     else:
         getattr(case, where)[(expert,) + (3,) * (getattr(case, where).ndim - 1)] = bad
         touched = [(ids == expert).any(-1) for ids in case.topk_ids]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from thread_ranks import make_team, on_ranks
 from torch import nn
 from transformers import DeepseekV3Config, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
@@ -15,7 +16,6 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 import flashmoe
 from flashmoe import MoE, moe_reference
 from flashmoe.routing import GroupLimited, SoftmaxTopK
-from thread_ranks import make_team, on_ranks
 
 H, I, E, K = 64, 48, 16, 4
 

@@ -77,5 +77,8 @@ def test_gradients_pass_through_the_hook_into_the_weights(name):
 
 def test_a_hook_must_keep_the_shape():
     router = SoftmaxTopK(H, E, 2)
-    with router.hook(lambda probabilities: probabilities[:, :3]), pytest.raises(ValueError, match=r"\(5, 16\).*\(5, 3\)"):
+    with (
+        router.hook(lambda probabilities: probabilities[:, :3]),
+        pytest.raises(ValueError, match=r"\(5, 16\).*\(5, 3\)"),
+    ):
         router(torch.randn(5, H))

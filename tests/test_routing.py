@@ -10,8 +10,8 @@ from torch import nn
 from flashmoe import Routing
 from flashmoe.routing import (
     ROUTERS,
-    GroupLimited,
     Grouped,
+    GroupLimited,
     SigmoidBias,
     SoftmaxTopK,
     TopKSoftmax,

@@ -65,11 +65,18 @@ struct PanelInScratch {
   }
 };
 
-// product[0:kRows, 0:kPanelRows) (+)= the dot products over one K block of kRows packed rows with a panel. Meanwhile
-// kPrefetchRows rows of the next panel, one line per iteration each, are brought to the L2 cache.
-template <int kRows, int kPrefetchRows, class Panel>
+// A part of the next panel that one register tile brings to the L2 cache while it computes: a stretch of the
+// panel's rows laid end to end, at `step` bytes per iteration. It may run from one row into the following one.
+struct PrefetchStretch {
+  const char *row, *following;
+  ptrdiff_t offset, row_bytes;
+  int step;
+};
+
+// product[0:kRows, 0:kPanelRows) (+)= the dot products over one K block of kRows packed rows with a panel.
+template <int kRows, int kStretches, class Panel>
 __attribute__((noinline)) void register_tile(const float* rows, const Panel panel, const float* panel_tail, int k,
-                                             const char* const* prefetch, bool add, float* product) {
+                                             const PrefetchStretch* prefetch, bool add, float* product) {
   constexpr int kCols = cpu::kPanelRows;
   Vector sum[kRows][kCols] = {};
   const auto multiply = [&](const float* a, auto load) __attribute__((always_inline)) {
@@ -84,12 +91,20 @@ __attribute__((noinline)) void register_tile(const float* rows, const Panel pane
     }
   };
 
+  ptrdiff_t offset = kStretches == 1 ? prefetch->offset : 0;
   const int vectors = k / kLanes;
   int vector = 0;
   for (; vector + kVectorsPerStep <= vectors; vector += kVectorsPerStep) {
+    if constexpr (kStretches == 1) {
+      const ptrdiff_t beyond = offset - prefetch->row_bytes;
+      __builtin_prefetch(beyond < 0 ? prefetch->row + offset : prefetch->following + beyond, 0, 2);
+      offset += prefetch->step;
+    } else {  // whole rows
+      constexpr ptrdiff_t kElementBytes = sizeof(typename Panel::Element);
 #pragma GCC unroll 8
-    for (int i = 0; i < kPrefetchRows; ++i)
-      __builtin_prefetch(prefetch[i] + vector * kLanes * ptrdiff_t(sizeof(typename Panel::Element)), 0, 2);
+      for (int i = 0; i < kStretches; ++i)
+        __builtin_prefetch(prefetch[i].row + vector * kLanes * kElementBytes, 0, 2);
+    }
 #pragma GCC unroll 4
     for (int v = 0; v < kVectorsPerStep; ++v) {
       multiply(rows, [&](int n) __attribute__((always_inline)) { return panel.load(n, vector + v); });
@@ -136,41 +151,56 @@ void pack_rows(const Row& row, const RowGroups& groups, int k0, int k, float* ou
   }
 }
 
-template <int kPrefetchRows, class Panel>
+template <int kStretches, class Panel>
 FLASHMOE_INLINE void register_tile_of(int num_rows, const float* rows, const Panel& panel, const float* panel_tail,
-                                      int k, const char* const* prefetch, bool add, float* product) {
+                                      int k, const PrefetchStretch* prefetch, bool add, float* product) {
   switch (num_rows) {
-    case 1: return register_tile<1, kPrefetchRows>(rows, panel, panel_tail, k, prefetch, add, product);
-    case 2: return register_tile<2, kPrefetchRows>(rows, panel, panel_tail, k, prefetch, add, product);
-    case 3: return register_tile<3, kPrefetchRows>(rows, panel, panel_tail, k, prefetch, add, product);
+    case 1: return register_tile<1, kStretches>(rows, panel, panel_tail, k, prefetch, add, product);
+    case 2: return register_tile<2, kStretches>(rows, panel, panel_tail, k, prefetch, add, product);
+    case 3: return register_tile<3, kStretches>(rows, panel, panel_tail, k, prefetch, add, product);
 #if FLASHMOE_LANES == 16
-    case 4: return register_tile<4, kPrefetchRows>(rows, panel, panel_tail, k, prefetch, add, product);
-    case 5: return register_tile<5, kPrefetchRows>(rows, panel, panel_tail, k, prefetch, add, product);
-    case 6: return register_tile<6, kPrefetchRows>(rows, panel, panel_tail, k, prefetch, add, product);
+    case 4: return register_tile<4, kStretches>(rows, panel, panel_tail, k, prefetch, add, product);
+    case 5: return register_tile<5, kStretches>(rows, panel, panel_tail, k, prefetch, add, product);
+    case 6: return register_tile<6, kStretches>(rows, panel, panel_tail, k, prefetch, add, product);
 #endif
   }
 }
 
-// One panel times all row groups over one K block. The next panel is brought nearer meanwhile, spread over the
-// groups so that memory and arithmetic overlap.
+// What group `group` fetches of the next panel, so that memory is asked for the same amount at any time: an equal
+// stretch each or, where there are fewer groups than rows, whole rows. Returns the number of stretches.
+FLASHMOE_INLINE int share_prefetch(const char* const* next, ptrdiff_t row_bytes, int line_bytes, int group, int groups,
+                                   PrefetchStretch* out) {
+  constexpr int kPanelRows = cpu::kPanelRows;
+  if (groups >= kPanelRows) {
+    const ptrdiff_t begin = group * kPanelRows * row_bytes / groups;
+    const int row = int(begin / row_bytes), following = row + 1 < kPanelRows ? row + 1 : row;
+    const int step = (kPanelRows * line_bytes + groups - 1) / groups;
+    out[0] = {next[row], next[following], begin - row * row_bytes, row_bytes, step};
+    return 1;
+  }
+  const int first = (group * kPanelRows + groups - 1) / groups;
+  const int last = ((group + 1) * kPanelRows + groups - 1) / groups;
+  for (int row = first; row < last; ++row) out[row - first] = {next[row], next[row], 0, row_bytes, line_bytes};
+  return last - first;
+}
+
+// One panel times all row groups over one K block, while the next panel (null after the last) comes nearer.
 template <class Panel>
 void panel_times_rows(const float* rows, const RowGroups& groups, const Panel& panel, const float* panel_tail, int k,
                       const char* const* next, bool add, float* product) {
-  int fetched = next == nullptr ? cpu::kPanelRows : 0;
+  constexpr int kElementBytes = sizeof(typename Panel::Element);
   for (int group = 0; group < groups.count; ++group) {
     const int size = groups.size(group);
-    const int left = groups.count - group, wanted = (cpu::kPanelRows - fetched + left - 1) / left;
-    const char* const* prefetch = wanted == 0 ? nullptr : next + fetched;
-    if (wanted > 2) {
-      register_tile_of<4>(size, rows, panel, panel_tail, k, prefetch, add, product);
-    } else if (wanted == 2) {
-      register_tile_of<2>(size, rows, panel, panel_tail, k, prefetch, add, product);
-    } else if (wanted == 1) {
-      register_tile_of<1>(size, rows, panel, panel_tail, k, prefetch, add, product);
-    } else {
-      register_tile_of<0>(size, rows, panel, panel_tail, k, prefetch, add, product);
+    PrefetchStretch prefetch[cpu::kPanelRows];
+    const int stretches = next == nullptr ? 0
+                                          : share_prefetch(next, ptrdiff_t(k) * kElementBytes, kStep * kElementBytes,
+                                                           group, groups.count, prefetch);
+    switch (stretches) {
+      case 0: register_tile_of<0>(size, rows, panel, panel_tail, k, prefetch, add, product); break;
+      case 1: register_tile_of<1>(size, rows, panel, panel_tail, k, prefetch, add, product); break;
+      case 2: register_tile_of<2>(size, rows, panel, panel_tail, k, prefetch, add, product); break;
+      default: register_tile_of<4>(size, rows, panel, panel_tail, k, prefetch, add, product);
     }
-    fetched += wanted;
     rows += size * round_up_to(k, kLanes);
     product += size * cpu::kMaxTileRows;
   }

@@ -189,9 +189,10 @@ void bad_argument_is_no_abort() {
 
 // An allocation beyond all bounds must be an exception here, as without a sanitizer; and what a failed group leaves
 // mapped on purpose, because peers may still write to it, is no leak.
-extern "C" const char* __asan_default_options() { return "allocator_may_return_null=1"; }
-extern "C" const char* __tsan_default_options() { return "allocator_may_return_null=1"; }
-extern "C" const char* __lsan_default_suppressions() { return "leak:flashmoe::Group::Impl\n"; }
+#define FLASHMOE_SANITIZER_ASKS extern "C" __attribute__((visibility("default"), used)) const char*
+FLASHMOE_SANITIZER_ASKS __asan_default_options() { return "allocator_may_return_null=1"; }
+FLASHMOE_SANITIZER_ASKS __tsan_default_options() { return "allocator_may_return_null=1"; }
+FLASHMOE_SANITIZER_ASKS __lsan_default_suppressions() { return "leak:flashmoe::Group::Impl\n"; }
 
 int main() {
   run_test("DeadlineNamesPeerAndPhase", [] {
