@@ -22,7 +22,7 @@ double read_bandwidth_gb_s(size_t bytes, int workers, int repeats) {
     for (int w = 0; w < workers; ++w)
       threads.emplace_back([&, w] {
         ready.fetch_add(1);
-        while (!start.load()) HostPlatform::pause(1);
+        for (uint32_t rounds = 0; !start.load();) HostPlatform::pause(++rounds);
         uint64_t sum[8] = {};
         const uint64_t* p = memory[w].data();
         for (size_t i = 0; i + 8 <= words; i += 8)
