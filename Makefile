@@ -80,7 +80,7 @@ verify:
 	  export DEBIAN_FRONTEND=noninteractive; \
 	  apt-get install -qq -y spin || { apt-get update -qq && apt-get install -qq -y spin; }; \
 	fi
-	docs/model/verify.sh
+	$(PYTHON) docs/model/verify.py
 
 clean:
 	rm -rf build dist flashmoe.egg-info flashmoe/_C.*.so $(VENV)/.flashmoe

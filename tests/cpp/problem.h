@@ -1,6 +1,7 @@
 // A layer and the tokens of all ranks, drawn from one seed, so that no rank has to tell another what it holds.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstring>
@@ -11,14 +12,10 @@
 
 namespace flashmoe::test {
 
-// float32 or bfloat16 bytes. bfloat16 by cutting, so that the float and its bytes are the same number.
+// float32 or bfloat16 bytes. bfloat16 by cutting, so that the float and its bytes are the same number. By a shift and
+// not by a mask: GCC 12 at -O1 and -O2 loses `& 0xffff0000` where the value comes out of a float expression.
 inline float representable(float v, DType dtype) {
-  if (dtype == DType::kFloat32) return v;
-  uint32_t bits;
-  std::memcpy(&bits, &v, 4);
-  bits &= 0xffff0000u;
-  std::memcpy(&v, &bits, 4);
-  return v;
+  return dtype == DType::kFloat32 ? v : std::bit_cast<float>(std::bit_cast<uint32_t>(v) >> 16 << 16);
 }
 inline std::vector<std::byte> encode(const std::vector<float>& values, DType dtype) {
   const size_t size = dtype_bytes(dtype);
