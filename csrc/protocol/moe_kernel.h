@@ -18,6 +18,8 @@ namespace flashmoe {
 
 // Until then a wait is taken for an ordinary one, and the peers' health is not looked at.
 inline constexpr uint64_t kLookAtPeersAfterNs = 20'000'000;
+// Two looks further apart than this were not made by a waiting thread: it was stopped in between.
+inline constexpr uint64_t kLongestLookNs = 1'000'000'000;
 
 struct Deadlines {
   uint64_t entered_ns;      // without progress, all peers having entered the epoch
@@ -70,8 +72,7 @@ class MoeKernel {
       const uint64_t word = c_.platform.test_signal(c_.layout.abort_at(pe));
       if (word) return fail({Failure::kPeerAborted, Phase::kNone, pe, -1, word, 0});
     }
-    const uint64_t now = P::now_ns(), last = P::load_acquire(&c_.ws.counters->last_progress_ns);
-    const uint64_t waited = now > last ? now - last : 0;
+    const uint64_t waited = waited_ns();
     if (waited < kLookAtPeersAfterNs) return;
     const bool all_entered = P::load_acquire(&c_.ws.counters->headers_known) == uint32_t(c_.call.ep_size);
     const bool too_late = waited > (all_entered ? deadlines_.entered_ns : deadlines_.not_entered_ns);
@@ -81,9 +82,10 @@ class MoeKernel {
     for (int i = 1; i <= c_.call.ep_size; ++i) {
       const int pe = (c_.call.ep_rank + i) % c_.call.ep_size;  // myself last
       Trouble t{Failure::kTimeout, Phase::kNone, pe, -1, 0, waited};
-      if (!subscriber_.waits_for(pe, t.phase, t.seen) && !processor_.waits_for(pe, t.phase, t.expert, t.seen)) continue;
-      // A peer that has done its part of this epoch may be gone; only one that is waited for is missed.
+      if (!waits_for(pe, t)) continue;
       if (pe != c_.call.ep_rank && !c_.platform.peer_alive(pe)) {
+        // It may have done its part between the two looks, and then ended: only what is still not here is missed.
+        if (!waits_for(pe, t)) continue;
         t.failure = Failure::kPeerDied;
         return fail(t);
       }
@@ -100,6 +102,20 @@ class MoeKernel {
     uint64_t seen, waited_ns;
   };
 
+  FLASHMOE_HD bool waits_for(int pe, Trouble& t) const {
+    return subscriber_.waits_for(pe, t.phase, t.seen) || processor_.waits_for(pe, t.phase, t.expert, t.seen);
+  }
+
+  // Time without progress of this rank, counted look by look: a process that was stopped for an hour, and goes on,
+  // has not waited for an hour.
+  FLASHMOE_HD uint64_t waited_ns() {
+    const uint64_t now = P::now_ns(), progress = P::load_acquire(&c_.ws.counters->last_progress_ns);
+    const uint64_t since = now > last_look_ns_ ? now - last_look_ns_ : 0;
+    waited_ns_ = progress == last_progress_ns_ ? waited_ns_ + (since < kLongestLookNs ? since : kLongestLookNs) : 0;
+    last_progress_ns_ = progress, last_look_ns_ = now;
+    return waited_ns_;
+  }
+
   FLASHMOE_HD void fail(const Trouble& t) {
     Status& status = *c_.ws.status;
     if (!P::compare_exchange(&status.claimed, 0, 1)) return;
@@ -114,6 +130,7 @@ class MoeKernel {
   Subscriber<P> subscriber_;
   Scheduler<P> scheduler_;
   Processor<P, E> processor_;
+  uint64_t last_look_ns_ = 0, last_progress_ns_ = 0, waited_ns_ = 0;
 };
 
 }  // namespace flashmoe

@@ -28,6 +28,15 @@ FLASHMOE_HD constexpr bool epoch_newer(uint64_t a, uint64_t b) {
   return a != 0 && a != b && ((a - b) & kMaxEpoch) <= kMaxEpoch / 2;
 }
 
+// The abort word: who gave up first, because of whom, and why (a Failure). Passed on as it is by those who hear of
+// it, so that every rank can name the origin. Ranks are stored plus one: the word is never zero.
+FLASHMOE_HD constexpr uint64_t abort_word(int origin, int about, uint32_t failure) {
+  return uint64_t(origin + 1) << 36 | uint64_t(about + 1) << 8 | failure;
+}
+FLASHMOE_HD constexpr int abort_origin(uint64_t word) { return int(word >> 36) - 1; }
+FLASHMOE_HD constexpr int abort_about(uint64_t word) { return int(word >> 8 & 0xfffffff) - 1; }
+FLASHMOE_HD constexpr uint32_t abort_failure(uint64_t word) { return uint32_t(word & 0xff); }
+
 // What the one decider of a (destination, source, epoch) reads off the header signal.
 enum class HeaderVerdict : uint8_t { kNotYet, kNoRows, kRows, kOtherCall };
 

@@ -62,7 +62,10 @@ class Subscriber {
         case HeaderVerdict::kRows:
           if (!take_packet(i, source, word)) return false;
           break;
-        case HeaderVerdict::kOtherCall: refuse(source, word, nullptr); return false;
+        case HeaderVerdict::kOtherCall:
+          // Only a packet with rows has a header to read; of an empty one the digest must do.
+          refuse(source, word, signal_payload(word) & 1 ? &header_of(source).tag : nullptr);
+          return false;
       }
     }
     P::store_release(&n.headers_known, uint32_t(i + 1));
@@ -83,15 +86,18 @@ class Subscriber {
     take_segments(i, 0);
   }
 
+  FLASHMOE_HD const PacketHeader& header_of(int source) const {
+    return *reinterpret_cast<const PacketHeader*>(c_.platform.heap() + c_.layout.header_at(c_.call.ep_rank, source));
+  }
+
   FLASHMOE_HD bool take_packet(int i, int source, uint64_t word) {
     const int experts = c_.call.num_local_experts();
-    const std::byte* header = c_.platform.heap() + c_.layout.header_at(c_.call.ep_rank, source);
-    const PacketHeader& packet = *reinterpret_cast<const PacketHeader*>(header);
+    const PacketHeader& packet = header_of(source);
     if (!(packet.tag == c_.call.tag)) {
       refuse(source, word, &packet.tag);
       return false;
     }
-    const uint32_t* entry_begin = header_entry_begin(header);
+    const uint32_t* entry_begin = header_entry_begin(reinterpret_cast<const std::byte*>(&packet));
     for (int e = 0; e <= experts; ++e) c_.ws.entry_begin[i * (experts + 1) + e] = entry_begin[e];
     c_.ws.packet_row[i] = packet.result_row;
     c_.ws.num_chunks[i] = ceil_div<uint32_t>(packet.num_slots, kChunkRows);

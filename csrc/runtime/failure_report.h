@@ -48,11 +48,10 @@ inline std::string describe_failure(const std::string& group, const Call& call, 
         << describe_wait(call, status);
       break;
     case Failure::kPeerAborted: {
-      static constexpr const char* kWhy[] = {"", "a deadline that passed", "a peer process that ended",
-                                             "another rank's abort", "ranks that call different layers"};
-      const int about = int(status.seen >> 8) - 1;
-      s << "rank " << status.peer << " aborted because of " << kWhy[(status.seen & 0xff) % 5];
-      if (about >= 0) s << " (rank " << about << ")";
+      static constexpr const char* kWhy[] = {"", "a deadline that passed", "a peer process that ended", "",
+                                             "ranks that call different layers"};
+      s << "rank " << abort_origin(status.seen) << " aborted because of " << kWhy[abort_failure(status.seen) % 5]
+        << " (rank " << abort_about(status.seen) << ")";
       break;
     }
     case Failure::kOtherCall:

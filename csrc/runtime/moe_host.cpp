@@ -127,9 +127,8 @@ class Group::Impl {
     else
       take_ids(static_cast<const int32_t*>(a.topk_ids), a, ids_.data());
 
-    epoch_ = next_epoch(epoch_);
     Call c{};
-    c.ep_size = ep_size, c.ep_rank = options_.ep_rank, c.epoch = epoch_;
+    c.ep_size = ep_size, c.ep_rank = options_.ep_rank, c.epoch = next_epoch(epoch_);
     c.tag = {a.layer, a.hidden_size, a.intermediate_size, a.num_experts,
              placement_digest(position_.data(), rank_begin_.data(), a.num_experts, ep_size), uint8_t(a.dtype),
              uint8_t(a.activation), uint8_t(a.gated), uint8_t((a.gate_up_bias ? 1 : 0) | (a.down_bias ? 2 : 0))};
@@ -154,6 +153,8 @@ class Group::Impl {
     std::byte* scratch = scratch_.at_least(scratch_bytes * workers);
     const Deadlines deadlines{uint64_t(options_.timeout_s * 1e9), uint64_t(options_.entry_timeout_s * 1e9)};
     const Context<HostPlatform> context{call, layout_, ws, *platform_};
+    workers_.reserve(workers);
+    epoch_ = call.epoch;  // from here on nothing throws before the ranks have met in this epoch
     workers_.run(workers, [&](int worker) {
       HostKernel(context, engine_, problem, deadlines, scratch + worker * scratch_bytes).run();
     });
@@ -162,7 +163,9 @@ class Group::Impl {
   // Sticky: the epoch cannot be completed, so nothing that peers hold of this group can be trusted again.
   [[noreturn]] void fail(const Call& call, const Status& status) {
     failure_ = describe_failure(options_.name, call, status);
-    const uint64_t poison = uint64_t(status.peer + 1) << 8 | status.failure;
+    const uint64_t poison = Failure(status.failure) == Failure::kPeerAborted
+                                ? status.seen
+                                : abort_word(call.ep_rank, status.peer, status.failure);
     for (int pe = 0; pe < call.ep_size; ++pe)
       if (pe != call.ep_rank) platform_->commit(pe, 0, nullptr, 0, layout_.abort_at(call.ep_rank), poison, Traffic::kSignal);
     const uint64_t give_up = HostPlatform::now_ns() + 1'000'000'000;

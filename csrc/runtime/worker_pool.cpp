@@ -17,13 +17,16 @@ WorkerPool::~WorkerPool() {
   for (std::thread& helper : helpers_) helper.join();
 }
 
-void WorkerPool::run(int workers, const std::function<void(int)>& work) {
-  if (workers <= 1) return work(0);
+void WorkerPool::reserve(int workers) {
   while (int(helpers_.size()) < workers - 1) {
     const int worker = int(helpers_.size()) + 1;
     const uint32_t call = call_.load(std::memory_order_relaxed);
     helpers_.emplace_back([this, worker, call] { help(worker, call); });
   }
+}
+
+void WorkerPool::run(int workers, const std::function<void(int)>& work) {
+  if (workers <= 1) return work(0);
   work_ = &work;
   active_ = workers;
   // Every helper passes through every call, also one that has no part in it: so none can miss the next.

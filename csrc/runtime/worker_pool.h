@@ -16,6 +16,8 @@ class WorkerPool {
   ~WorkerPool();
   WorkerPool(const WorkerPool&) = delete;
 
+  // Makes the helpers that run(workers) needs. The only part that can throw.
+  void reserve(int workers);
   // Runs work(0) here and work(1) … work(workers - 1) on helpers; returns when all have returned.
   void run(int workers, const std::function<void(int)>& work);
 
