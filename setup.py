@@ -68,7 +68,10 @@ class BuildExtension(build_ext):
         subprocess.run([cmake, "-S", ROOT, "-B", folder, "-G", "Ninja", *arguments, *moving], check=True)
         subprocess.run([cmake, "--build", folder, "--target", "_C"], check=True)
         output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(folder / output.name, output)
+        # Renamed into place: a process that runs the old library keeps it whole.
+        fresh = output.with_suffix(".new")
+        shutil.copy2(folder / output.name, fresh)
+        fresh.replace(output)
 
 
 class BuildPython(build_py):

@@ -106,12 +106,16 @@ class Group::Impl {
     if (platform_ && need.max_tokens <= l.max_tokens && need.max_wire_bytes <= l.max_wire_bytes &&
         need.max_top_k <= l.max_top_k && need.max_experts <= l.max_experts)
       return;
-    l = {1, std::max(l.max_tokens, need.max_tokens), std::max(l.max_wire_bytes, need.max_wire_bytes),
-         std::max(l.max_top_k, need.max_top_k), std::max(l.max_experts, need.max_experts)};
-    layout_ = HeapLayout(l);
-    // The new table gives old words new meanings, so no old signal may survive: a fresh heap.
-    heap_ = Buffer();
-    options_.heaps = {heap_.at_least(std::max<size_t>(layout_.bytes, 1))};
+    const Limits grown{1, std::max(l.max_tokens, need.max_tokens), std::max(l.max_wire_bytes, need.max_wire_bytes),
+                       std::max(l.max_top_k, need.max_top_k), std::max(l.max_experts, need.max_experts)};
+    // The new table gives old words new meanings, so no old signal may survive: a fresh heap. Nothing is changed
+    // before there is memory for it.
+    const HeapLayout layout(grown);
+    Buffer heap;
+    heap.at_least(std::max<size_t>(layout.bytes, 1));
+    l = grown, layout_ = layout;
+    std::swap(heap_, heap);
+    options_.heaps = {heap_.data()};
     options_.pids = {0};
     connect();
   }

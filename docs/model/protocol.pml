@@ -368,7 +368,7 @@ end:
 
 /* The combine reads the results, at the latest when the call ends. */
 inline check_results() {
-  printf("rank %d ends call %d\n", r, epoch[r]);
+  if :: epoch[r] -> printf("rank %d ends call %d\n", r, epoch[r]) :: else fi;
   for (j : 0 .. W - 1) {
     if
     :: j != r ->
