@@ -131,7 +131,7 @@ inline payload_lands(kind) {
   if
   :: kind >= RESULT(0) ->
      region[WORD(a, b, kind)] = block[BLOCK(a, kind - RESULT(0))]
-  :: else ->            /* packets are staged per destination: what the sender's latest call put there */
+  :: else ->            /* packets are staged in memory that the sender's next call writes anew */
 #ifdef BREAK_OWN_STAGING
      /* Rows are put straight from the caller's tensor, which is the caller's again when the call has ended. */
      region[WORD(a, b, kind)] = (phase[a] == RUNNING -> epoch[a] : 0)
@@ -261,8 +261,8 @@ end:
 #define LAST(p)         ((p) == PARTS - 1)
 #define chunks_here(p)  (chunk_here(0) && (!LAST(p) || chunk_here(CHUNKS - 1)))
 
-/* Called at the last moment at which a part may still be reading. Checking only then misses nothing: a region never
- * gets an older payload back, so what was overwritten earlier is wrong now too. */
+/* Called at the last moment at which a part may still be reading. Checking only then misses nothing: a payload lands
+ * once, so what was overwritten while the part read it is wrong for good. */
 inline read_packet(p) {
   printf("rank %d reads the packet of %d for part %d\n", d, s, p);
   assert(region[WORD(s, d, HEADER)] == epoch[d]);
@@ -368,7 +368,10 @@ end:
 
 /* The combine reads the results, at the latest when the call ends. */
 inline check_results() {
-  if :: epoch[r] -> printf("rank %d ends call %d\n", r, epoch[r]) :: else fi;
+  if
+  :: epoch[r] -> printf("rank %d ends call %d\n", r, epoch[r])
+  :: else
+  fi;
   for (j : 0 .. W - 1) {
     if
     :: j != r ->
