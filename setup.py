@@ -44,7 +44,7 @@ def build_folder(arguments: list[str]) -> Path:
     Not setuptools' own build_temp, which an editable install throws away.
     """
     flags = [*arguments, *(f"{key}={os.environ.get(key)}" for key in ("CC", "CXX", "CXXFLAGS", "LDFLAGS"))]
-    digest = hashlib.sha256("\n".join([str(ROOT), sys.executable, *flags]).encode()).hexdigest()[:8]
+    digest = hashlib.sha256("\n".join([str(ROOT), sys.base_prefix, *flags]).encode()).hexdigest()[:8]
     return ROOT / "build" / f"{sys.implementation.cache_tag}-{platform.machine()}-{digest}"
 
 
@@ -55,12 +55,13 @@ class BuildExtension(build_ext):
         output = Path(self.get_ext_fullpath(extension.name))
         arguments = [
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
-            f"-DPython_EXECUTABLE={sys.executable}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         folder = build_folder(arguments)
-        # These two move with every isolated build, so they are told anew and are no part of the folder's name.
+        # These move with every isolated build, and with the name by which one interpreter was called (python,
+        # python3), so they are told anew and are no part of the folder's name.
         moving = [
+            f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja', 'BIN_DIR')}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]

@@ -76,7 +76,7 @@ void empty_packets() {
 
 // All tokens of all ranks go to one expert: its owner has more row blocks than the ring has slots.
 void ticket_and_ring_reuse() {
-  const Layer layer({.hidden_size = 16, .intermediate_size = 16, .num_experts = 4, .top_k = 1}, 5);
+  const Layer layer({.hidden_size = 32, .intermediate_size = 16, .num_experts = 4, .top_k = 1}, 5);
   const Program program = program_of(layer, 2, 2, [](int, int) { return 1500; }, Skew::kOneExpert);
   check_everywhere(program, {.ep_size = 2, .num_workers = 2}, 2, "all to one expert");
 }
@@ -86,7 +86,7 @@ void many_workers_per_rank() {
   for (int workers : {1, 2, 3})
     for (int ep_size : {1, 4}) {
       // Enough work that the runtime lets the other workers take part.
-      const Program program = program_of(layer, ep_size, 3, [](int c, int r) { return 120 + 10 * c + r; });
+      const Program program = program_of(layer, ep_size, 2, [](int c, int r) { return 60 + 10 * c + r; });
       check_everywhere(program, {.ep_size = ep_size, .num_workers = workers}, 1,
                        std::to_string(ep_size) + " ranks of " + std::to_string(workers) + " workers");
     }
