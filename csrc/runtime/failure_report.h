@@ -55,12 +55,11 @@ inline std::string describe_failure(const std::string& group, const Call& call, 
       break;
     }
     case Failure::kOtherCall:
-      s << "rank " << status.peer << " is calling ";
+      s << "rank " << status.peer << " is calling another layer";
       if (status.has_peer_tag)
-        s << describe_tag(status.peer_tag);
+        s << ": " << describe_tag(status.peer_tag);
       else
-        s << "another layer (call digest " << (signal_payload(status.seen) >> 1) << ", expected "
-          << tag_digest(call.tag) << ")";
+        s << " (call digest " << (signal_payload(status.seen) >> 1) << ", expected " << tag_digest(call.tag) << ")";
       break;
     case Failure::kNone: break;
   }
