@@ -37,7 +37,7 @@ class _Pickler(pickle.Pickler):
             return _reduce_function(value)
         if isinstance(value, type) and value.__module__ == "__main__" and not _importable(value):
             raise pickle.PicklingError(
-                f"class {value.__qualname__} exists in this session alone; put it into a module file and import it"
+                f"class {value.__qualname__} exists in this interpreter alone; put it into a module file and import it"
             )
         return NotImplemented
 

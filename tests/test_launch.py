@@ -88,14 +88,14 @@ except TypeError as error: print(error)
 
 
 def test_launch_where_main_is_no_file():
-    """As in a notebook: the functions exist in this session alone."""
+    """As in a notebook: the functions exist in this interpreter alone."""
     session = subprocess.run(
         [sys.executable], input=SESSION, capture_output=True, text=True, timeout=120, env=fresh_environment()
     )
     assert session.returncode == 0, session.stderr
     first, second = session.stdout.splitlines()
     assert first == "[1500, 1501]"
-    assert "class Local exists in this session alone; put it into a module file" in second
+    assert "class Local exists in this interpreter alone; put it into a module file" in second
 
 
 SCRIPT = """
