@@ -34,6 +34,7 @@ class Buffer {
     return data_.get();
   }
   std::byte* data() const { return data_.get(); }
+  size_t bytes() const { return bytes_; }
 
  private:
   struct Free {
@@ -99,20 +100,21 @@ class Group::Impl {
     platform_.emplace(options_.ep_rank, options_.heaps, options_.pids, std::move(network));
   }
 
-  // W = 1 needs no arena: the heap of a lone rank follows its calls.
+  // W = 1 needs no arena: the heap of a lone rank follows its calls. Of its table only the signals depend on the
+  // limits, by the number of results and of experts; results come last, so that their bytes move nothing. A heap for
+  // many rows and for wide ones need not hold many wide ones.
   void grow(const Call& call) {
     Limits& l = options_.limits;
-    const Limits need{1, call.num_tokens, int(call.row_bytes()), call.top_k, call.num_experts};
-    if (platform_ && need.max_tokens <= l.max_tokens && need.max_wire_bytes <= l.max_wire_bytes &&
-        need.max_top_k <= l.max_top_k && need.max_experts <= l.max_experts)
+    const int results = call.num_tokens * call.top_k;
+    const Limits grown{1, std::max(l.max_tokens, results), 0, 1, std::max(l.max_experts, call.num_experts)};
+    const HeapLayout layout(grown);
+    const size_t bytes = layout.results + size_t(results) * call.row_bytes();
+    if (platform_ && grown.max_tokens == l.max_tokens && grown.max_experts == l.max_experts && bytes <= heap_.bytes())
       return;
-    const Limits grown{1, std::max(l.max_tokens, need.max_tokens), std::max(l.max_wire_bytes, need.max_wire_bytes),
-                       std::max(l.max_top_k, need.max_top_k), std::max(l.max_experts, need.max_experts)};
     // The new table gives old words new meanings, so no old signal may survive: a fresh heap. Nothing is changed
     // before there is memory for it.
-    const HeapLayout layout(grown);
     Buffer heap;
-    heap.at_least(std::max<size_t>(layout.bytes, 1));
+    heap.at_least(bytes);
     l = grown, layout_ = layout;
     std::swap(heap_, heap);
     options_.heaps = {heap_.data()};

@@ -1,5 +1,7 @@
 // Every wait ends and says whom it was for and what for; an abort is for good; ranks that call different layers are
 // told so; and what fails before anything was sent leaves the group as it was.
+#include <sys/resource.h>
+
 #include <fstream>
 #include <new>
 
@@ -145,6 +147,26 @@ void memory_error_of_a_lone_rank() {
   }
 }
 
+// Many narrow rows in one call and a few wide ones in another ask for little; many wide rows were never there.
+void lone_rank_takes_what_its_calls_need() {
+  const auto group = make_local_group(1);
+  const LayerShape narrow{.hidden_size = 1, .intermediate_size = 1, .num_experts = 2, .top_k = 1};
+  const LayerShape wide{.hidden_size = 4096, .intermediate_size = 1, .num_experts = 2, .top_k = 16};
+  const Layer layers[] = {Layer(narrow, 8), Layer(wide, 8)};
+  const Program few_rows = one_call(layers[0], 1, 30), many_rows = one_call(layers[0], 1, 20'000);
+  const Program wide_rows = one_call(layers[1], 1, 2);
+  rusage before{}, after{};
+  getrusage(RUSAGE_SELF, &before);
+  for (const Program* program : {&few_rows, &wide_rows, &many_rows, &wide_rows, &few_rows}) {
+    RankArgs args((*program)[0], 0, 1);
+    group->forward(args.args);
+    check(args.y == run_alone(*program).y[0][0], "the bits of a group that has seen no other call");
+  }
+  getrusage(RUSAGE_SELF, &after);
+  const long grown_kib = after.ru_maxrss - before.ru_maxrss;  // 20,000 rows of 16 · 16 KiB would be 5 GiB
+  check(grown_kib < 512 * 1024, "memory grew by " + std::to_string(grown_kib) + " KiB");
+}
+
 void memory_error_of_one_rank() {
   int overcommit = 0;
   std::ifstream("/proc/sys/vm/overcommit_memory") >> overcommit;
@@ -206,6 +228,7 @@ int main() {
       for (int num_tokens : {0, 20})
         for (bool remote_only : {false, true}) other_call_is_refused(ep_size, num_tokens, remote_only);
   });
+  run_test("LoneRankTakesWhatItsCallsNeed", lone_rank_takes_what_its_calls_need);
   run_test("MemoryErrorOfALoneRank", memory_error_of_a_lone_rank);
   run_test("MemoryErrorOfOneRank", memory_error_of_one_rank);
   run_test("BadArgumentIsNoAbort", bad_argument_is_no_abort);
