@@ -105,6 +105,10 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init([](int ep_size, int max_tokens, int max_wire_bytes, int max_top_k, int max_experts) {
              if (ep_size < 1 || max_tokens < 0 || max_wire_bytes < 1 || max_top_k < 1 || max_experts < 1)
                throw std::invalid_argument("Limits must be positive");
+             const double rows = double(ep_size) * max_tokens * max_top_k;  // that one rank may have to serve
+             if (rows > double(1u << 31))
+               throw std::invalid_argument("ranks times max_tokens times max_top_k must be at most 2^31, got " +
+                                           std::to_string(uint64_t(rows)));
              return Limits{ep_size, max_tokens, max_wire_bytes, max_top_k, max_experts};
            }),
            py::arg("ep_size"), py::arg("max_tokens"), py::arg("max_wire_bytes"), py::arg("max_top_k"),

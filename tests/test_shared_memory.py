@@ -51,6 +51,12 @@ def test_segment_names_what_was_asked_and_what_there_is():
         _C.Segment.create(0)
 
 
+def test_limits_keep_to_what_32_bits_count():
+    assert _C.Limits(8, 2**20, 4, 256, 1).heap_bytes > 2**30
+    with pytest.raises(ValueError, match=r"ranks times max_tokens times max_top_k must be at most 2\^31, got 4294967296"):
+        _C.Limits(16, 2**20, 4, 256, 1)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can start another user's process")
 def test_another_user_gets_nothing_and_disturbs_nobody():
     """This test plays rank 1 by hand, so that others can connect to rank 0 before it does."""

@@ -16,6 +16,12 @@ template <class... Parts>
   throw std::invalid_argument(message.str());
 }
 
+// Rows, columns and bytes of a row are counted in 32 bits, and rounded up to tiles on the way.
+inline void check_counted(const char* name, long long count) {
+  constexpr long long kMost = 1 << 30;
+  if (count > kMost) bad_argument(name, " must be at most ", kMost, ", got ", count);
+}
+
 inline void check_limit(const char* name, long long came, long long limit, const char* grown_by) {
   if (came > limit) bad_argument(name, " must be at most ", limit, " in this group (", grown_by, "), got ", came);
 }
@@ -27,6 +33,9 @@ inline void check_shapes(const ForwardArgs& a, const Limits& limits, bool grows)
   if (a.top_k < 1 || a.top_k > kMaxTopK) bad_argument("top_k must be between 1 and ", kMaxTopK, ", got ", a.top_k);
   if (a.topk_ids_bytes != 4 && a.topk_ids_bytes != 8)
     bad_argument("topk_ids must be int32 or int64, got elements of ", a.topk_ids_bytes, " bytes");
+  check_counted("number of tokens times top_k", (long long)a.num_tokens * a.top_k);
+  check_counted("bytes of one row of x", (long long)a.hidden_size * dtype_bytes(a.dtype));
+  check_counted("rows of one expert's gate_up_proj", (a.gated ? 2LL : 1LL) * a.intermediate_size);
   if (grows) return;
   constexpr const char* kArena = "flashmoe.distributed.init or reserve sets it";
   check_limit("number of tokens of x", a.num_tokens, limits.max_tokens, kArena);

@@ -153,7 +153,7 @@ class Group::Impl {
 
   void run(const Call& call, Workspace& ws) {
     const CpuEngine::Problem problem{call.dtype, call.activation, call.gated, call.hidden_size, call.intermediate_size};
-    const double work = double(call.num_tokens) * call.top_k * call.hidden_size * (call.up_rows() + call.intermediate_size);
+    const double work = double(call.num_tokens) * call.top_k * call.hidden_size * (double(call.up_rows()) + call.intermediate_size);
     const int workers = work < kWorkOfOneWorker ? 1 : num_workers_;
     const size_t scratch_bytes = round_up(CpuEngine::scratch_bytes(problem), 4096);
     std::byte* scratch = scratch_.at_least(scratch_bytes * workers);

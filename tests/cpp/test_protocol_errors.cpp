@@ -190,6 +190,28 @@ void memory_error_of_one_rank() {
   if (results.ok()) check(same_bits(results, run_alone(program)), "with the right bits");
 }
 
+// Counts that 32 bits do not hold are refused before a pointer is followed.
+void counts_beyond_their_words() {
+  const Layer layer(kSmall, 9);
+  const Program program = one_call(layer, 1, 12);
+  const auto group = make_local_group(1);
+  const RankArgs good(program[0], 0, 1);
+  const auto refused = [&](const std::function<void(ForwardArgs&)>& spoil, const std::string& name) {
+    ForwardArgs args = good.args;
+    spoil(args);
+    std::string error = "nothing";
+    try {
+      group->forward(args);
+    } catch (const std::invalid_argument& e) {
+      error = e.what();
+    }
+    check(contains(error, name) && contains(error, "must be at most 1073741824"), name + " raised " + error);
+  };
+  refused([](ForwardArgs& a) { a.num_tokens = 1 << 23, a.top_k = 256; }, "number of tokens times top_k");
+  refused([](ForwardArgs& a) { a.hidden_size = 1 << 29; }, "bytes of one row of x");
+  refused([](ForwardArgs& a) { a.intermediate_size = 1 << 30, a.gated = true; }, "rows of one expert's gate_up_proj");
+}
+
 // std::invalid_argument: nothing was sent, and the rank may call again in the same epoch.
 void bad_argument_is_no_abort() {
   const Layer layer(kSmall, 7);
@@ -231,6 +253,7 @@ int main() {
   run_test("LoneRankTakesWhatItsCallsNeed", lone_rank_takes_what_its_calls_need);
   run_test("MemoryErrorOfALoneRank", memory_error_of_a_lone_rank);
   run_test("MemoryErrorOfOneRank", memory_error_of_one_rank);
+  run_test("CountsBeyondTheirWords", counts_beyond_their_words);
   run_test("BadArgumentIsNoAbort", bad_argument_is_no_abort);
   return finish();
 }
