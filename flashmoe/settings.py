@@ -16,6 +16,7 @@ NUM_WORKERS_VARIABLE = "FLASHMOE_NUM_WORKERS"
 _ADDRESSABLE_BYTES = 2**47  # beyond it the core's arithmetic would go wrong, too
 
 _SIZES = ("max_tokens", "max_wire_bytes", "max_top_k", "max_experts", "max_groups")
+_LONGEST_S = 1e9  # thirty years: what clocks and sockets still take
 _SECONDS = {"timeout_s": TIMEOUT_VARIABLE, "entry_timeout_s": ENTRY_TIMEOUT_VARIABLE}
 
 
@@ -64,8 +65,8 @@ class Settings:
                 raise ValueError(f"{name} must be an integer from 1 to 2^31 - 1, got {value!r}")
         for name in _SECONDS:
             value = getattr(settings, name)
-            if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be a number of seconds above 0, got {value!r}")
+            if type(value) not in (int, float) or not 0 < value <= _LONGEST_S:
+                raise ValueError(f"{name} must be a number of seconds above 0, at most {_LONGEST_S:g}, got {value!r}")
         seed = settings.remote_only
         if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
             raise ValueError(f"remote_only must be None or a seed from 0 to 2^63 - 1, got {seed!r}")
@@ -92,8 +93,8 @@ def settings_of_environment() -> Settings:
             changes[name] = float(text)
         except ValueError:
             changes[name] = math.nan
-        if not (math.isfinite(changes[name]) and changes[name] > 0):
-            raise ValueError(f"{variable} must be a number of seconds above 0, got {text!r}")
+        if not 0 < changes[name] <= _LONGEST_S:
+            raise ValueError(f"{variable} must be a number of seconds above 0, at most {_LONGEST_S:g}, got {text!r}")
     seed = os.environ.get(REMOTE_ONLY_VARIABLE, "")
     if seed:
         if not seed.isdecimal() or int(seed) >= 2**63:

@@ -1,5 +1,6 @@
 """Ranks that are processes: the layer over them, the arena, and the groups."""
 
+import math
 import time
 
 import distributed_cases as cases
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from rank_world import rank_world
 
 import flashmoe
+from flashmoe.settings import Settings
 
 LIMITS = dict(max_tokens=64, max_wire_bytes=512, max_top_k=4, max_experts=32, timeout_s=20.0, entry_timeout_s=20.0)
 GROUPS = [(0, 1), (2, 3), (0, 1, 2), (1, 2, 3), (0, 3)]
@@ -194,6 +196,15 @@ def test_environment_variables():
                 assert outcome.kind == "ValueError" and name in outcome.error and "'soon'" in outcome.error
         for arena in world.call(cases.init_with_environment, variables, max_groups=1, max_tokens=8):
             assert {name: arena[name] for name in expected} == expected
+
+
+def test_seconds_that_clocks_do_not_hold():
+    """An endless deadline that wrapped would end every wait at once."""
+    for seconds in (math.inf, 1e12, 1e300, math.nan, 0, True):
+        for name in ("timeout_s", "entry_timeout_s"):
+            with pytest.raises(ValueError, match=f"{name} must be a number of seconds above 0, at most 1e"):
+                Settings().changed({name: seconds})
+    assert Settings().changed({"timeout_s": 1e9}).timeout_s == 1e9
 
 
 def test_finalize_and_init_again(world):

@@ -44,6 +44,9 @@ class Buffer {
   size_t bytes_ = 0;
 };
 
+// Thirty years are no different from for ever, and still fit the word.
+uint64_t nanoseconds(double seconds) { return uint64_t(std::min(seconds, 1e9) * 1e9); }
+
 // Below this much work a second worker costs more than it brings.
 constexpr double kWorkOfOneWorker = 2e6;  // multiply-adds
 
@@ -157,7 +160,7 @@ class Group::Impl {
     const int workers = work < kWorkOfOneWorker ? 1 : num_workers_;
     const size_t scratch_bytes = round_up(CpuEngine::scratch_bytes(problem), 4096);
     std::byte* scratch = scratch_.at_least(scratch_bytes * workers);
-    const Deadlines deadlines{uint64_t(options_.timeout_s * 1e9), uint64_t(options_.entry_timeout_s * 1e9)};
+    const Deadlines deadlines{nanoseconds(options_.timeout_s), nanoseconds(options_.entry_timeout_s)};
     const Context<HostPlatform> context{call, layout_, ws, *platform_};
     workers_.reserve(workers);
     epoch_ = call.epoch;  // from here on nothing throws before the ranks have met in this epoch

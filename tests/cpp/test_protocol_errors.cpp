@@ -74,6 +74,15 @@ void late_entry_is_forgiven() {
   });
 }
 
+// Somebody who never wants a deadline asks for more seconds than nanoseconds can be counted.
+void endless_deadline_is_none() {
+  const Layer layer(kSmall, 10);
+  check_program(one_call(layer, 2, 30), {.ep_size = 2, .timeout_s = 1e12, .entry_timeout_s = 1e300}, "an endless deadline",
+                [](int rank, int) {
+                  if (rank == 1) std::this_thread::sleep_for(std::chrono::milliseconds(200));
+                });
+}
+
 // After the first failure every later call raises the same, at once, and no call of the right kind helps.
 void sticky_abort() {
   const Layer layer(kSmall, 3);
@@ -244,6 +253,7 @@ int main() {
       for (bool remote_only : {false, true}) deadline_names_who_never_called(ep_size, remote_only);
   });
   run_test("LateEntryIsForgiven", late_entry_is_forgiven);
+  run_test("EndlessDeadlineIsNone", endless_deadline_is_none);
   run_test("StickyAbort", sticky_abort);
   run_test("OtherCallIsRefused", [] {
     for (int ep_size : {2, 3})
