@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <mutex>
 
 #include "engine/cpu.h"
@@ -163,10 +164,11 @@ class Group::Impl {
     const Deadlines deadlines{nanoseconds(options_.timeout_s), nanoseconds(options_.entry_timeout_s)};
     const Context<HostPlatform> context{call, layout_, ws, *platform_};
     workers_.reserve(workers);
-    epoch_ = call.epoch;  // from here on nothing throws before the ranks have met in this epoch
-    workers_.run(workers, [&](int worker) {
+    const std::function<void(int)> part = [&](int worker) {
       HostKernel(context, engine_, problem, deadlines, scratch + worker * scratch_bytes).run();
-    });
+    };
+    epoch_ = call.epoch;  // from here on nothing throws before the ranks have met in this epoch
+    workers_.run(workers, part);
   }
 
   // Sticky: the epoch cannot be completed, so nothing that peers hold of this group can be trusted again.
