@@ -74,6 +74,12 @@ class MoeKernel {
     }
     const uint64_t waited = waited_ns();
     if (waited < kLookAtPeersAfterNs) return;
+    // A peer that still returns rows is slow, not lost.
+    const uint32_t runs_here = processor_.runs_here();
+    if (runs_here != runs_here_) {
+      runs_here_ = runs_here;
+      return P::store_release(&c_.ws.counters->last_progress_ns, P::now_ns());
+    }
     const bool all_entered = P::load_acquire(&c_.ws.counters->headers_known) == uint32_t(c_.call.ep_size);
     const bool too_late = waited > (all_entered ? deadlines_.entered_ns : deadlines_.not_entered_ns);
     // The cause is whoever is missed earliest in a call: one whose header is not here holds up the others, who
@@ -131,6 +137,7 @@ class MoeKernel {
   Scheduler<P> scheduler_;
   Processor<P, E> processor_;
   uint64_t last_look_ns_ = 0, last_progress_ns_ = 0, waited_ns_ = 0;
+  uint32_t runs_here_ = 0;  // at this worker's last look
 };
 
 }  // namespace flashmoe

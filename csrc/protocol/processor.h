@@ -43,6 +43,23 @@ class Processor {
     return P::load_acquire(&c_.ws.counters->combine_done) == uint32_t(c_.call.num_combine_tasks());
   }
 
+  // Runs of my results that have come so far, from all ranks. They come in the order of their experts, not of my
+  // tokens, so a combine may wait for the last of them while all others arrive.
+  FLASHMOE_HD uint32_t runs_here() const {
+    if (!P::load_acquire(&c_.ws.counters->plan_ready)) return 0;
+    uint32_t here = 0;
+    for (int position = 0; position < c_.call.num_experts; ++position) {
+      const uint32_t rows = c_.ws.segment_row[position + 1] - c_.ws.segment_row[position];
+      if (rows == 0) continue;
+      const uint32_t signal = c_.ws.segment_signal[position];
+      const uint64_t first = c_.platform.test_signal(c_.layout.result_signal_at(signal));
+      if (signal_epoch(first) != c_.call.epoch) continue;
+      const uint32_t last = run_of_row(rows - 1, signal_payload(first));
+      for (uint32_t run = 0; run <= last; ++run) here += run_is_here(signal + run);
+    }
+    return here;
+  }
+
   // The first of my pairs whose result is still to come from `peer`, if any: for the report of a deadline.
   FLASHMOE_HD bool waits_for(int peer, Phase& phase, int& expert, uint64_t& seen) const {
     const Call& call = c_.call;
@@ -143,8 +160,10 @@ class Processor {
     const uint64_t first = c_.platform.test_signal(c_.layout.result_signal_at(signal));
     if (signal_epoch(first) != c_.call.epoch) return false;
     const uint32_t run = run_of_row(uint32_t(row) - c_.ws.segment_row[position], signal_payload(first));
-    return run == 0 ||
-           signal_epoch(c_.platform.test_signal(c_.layout.result_signal_at(signal + run))) == c_.call.epoch;
+    return run == 0 || run_is_here(signal + run);
+  }
+  FLASHMOE_HD bool run_is_here(uint32_t signal) const {
+    return signal_epoch(c_.platform.test_signal(c_.layout.result_signal_at(signal))) == c_.call.epoch;
   }
 
   // Each worker holds one combine task at a time and looks at it whenever it has no tile to compute.

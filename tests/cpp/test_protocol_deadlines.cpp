@@ -17,8 +17,10 @@ struct FaultyHost : HostPlatform {
   int lost_to = -1;             // … at this rank
   bool never_quiet = false;
   std::function<bool(int)> alive;
+  std::chrono::milliseconds per_result{0};  // how long each run of results takes
 
   void commit(int pe, size_t offset, const std::byte* source, size_t bytes, size_t signal, uint64_t word, Traffic kind) {
+    if (kind == Traffic::kResults) std::this_thread::sleep_for(per_result);
     if (lost != kind || pe != lost_to) HostPlatform::commit(pe, offset, source, bytes, signal, word, kind);
   }
   bool quiet() { return !never_quiet && HostPlatform::quiet(); }
@@ -88,6 +90,20 @@ void never_quiet() {
   check(o[0].right && o[1].right && o[1].status.failure == 0, "the results are there all the same");
 }
 
+// Every token needs the last expert of a slow peer, so nothing can be combined for longer than the deadline. But results
+// keep coming in: that is progress.
+void slow_peer_is_not_lost() {
+  CallOfAll call{&tiny_layer(), {draw_tokens(tiny_layer(), 640, 1), {}}, std::nullopt};
+  for (size_t pair = 0; pair < call.tokens[0].ids.size(); ++pair) call.tokens[0].ids[pair] = pair % 2 ? 3 : 5;
+  const auto o = run_kernels<FaultyHost>(call, kShort, [&](int rank, const std::vector<std::byte*>& heaps, const HeapLayout&) {
+    auto platform = plain_host(rank, heaps);
+    if (rank == 1) platform->per_result = std::chrono::milliseconds(60);
+    return platform;
+  });
+  check(o[0].status.failure == 0 && o[0].right, "the call is completed: failure " + std::to_string(o[0].status.failure));
+  check(o[0].seconds > 1, "it took several deadlines");
+}
+
 // A dead peer ends the wait long before any deadline, and is named even if others are waited for too.
 void dead_peer() {
   for (int ep_size : {2, 3}) {
@@ -155,6 +171,7 @@ void stopped_process() {
 int main() {
   run_test("DeadlineNamesPeerAndPhase", lost_transfers);
   run_test("DeadlineOfQuiet", never_quiet);
+  run_test("SlowPeerIsNotLost", slow_peer_is_not_lost);
   run_test("DeadPeer", dead_peer);
   run_test("PeerThatFinishesAndExits", peer_that_finishes_and_exits);
   run_test("StoppedProcess", stopped_process);
