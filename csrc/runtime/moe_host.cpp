@@ -1,5 +1,6 @@
 // The host runtime: one rank's group as threads over mapped heaps.
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -82,20 +83,18 @@ class Group::Impl {
     take_stats(call, ws);
   }
 
+  // These wait for no call: who asks may hold what a peer, and so the call, is waiting for.
   GroupStats stats() const {
-    std::lock_guard lock(mutex_);
+    std::lock_guard lock(outcome_mutex_);
     return stats_;
   }
   std::optional<std::string> failed() const {
-    std::lock_guard lock(mutex_);
+    std::lock_guard lock(outcome_mutex_);
     return failure_;
   }
   const GroupOptions& options() const { return options_; }
   int num_workers() const { return num_workers_; }
-  void set_num_workers(int n) {
-    std::lock_guard lock(mutex_);
-    num_workers_ = std::max(1, n);
-  }
+  void set_num_workers(int n) { num_workers_ = std::max(1, n); }
 
  private:
   void connect() {
@@ -158,7 +157,7 @@ class Group::Impl {
   void run(const Call& call, Workspace& ws) {
     const CpuEngine::Problem problem{call.dtype, call.activation, call.gated, call.hidden_size, call.intermediate_size};
     const double work = double(call.num_tokens) * call.top_k * call.hidden_size * (double(call.up_rows()) + call.intermediate_size);
-    const int workers = work < kWorkOfOneWorker ? 1 : num_workers_;
+    const int workers = work < kWorkOfOneWorker ? 1 : num_workers_.load();
     const size_t scratch_bytes = round_up(CpuEngine::scratch_bytes(problem), 4096);
     std::byte* scratch = scratch_.at_least(scratch_bytes * workers);
     const Deadlines deadlines{nanoseconds(options_.timeout_s), nanoseconds(options_.entry_timeout_s)};
@@ -173,7 +172,11 @@ class Group::Impl {
 
   // Sticky: the epoch cannot be completed, so nothing that peers hold of this group can be trusted again.
   [[noreturn]] void fail(const Call& call, const Status& status) {
-    failure_ = describe_failure(options_.name, call, status);
+    const std::string failure = describe_failure(options_.name, call, status);
+    {
+      std::lock_guard lock(outcome_mutex_);
+      failure_ = failure;
+    }
     const uint64_t poison = Failure(status.failure) == Failure::kPeerAborted
                                 ? status.seen
                                 : abort_word(call.ep_rank, status.peer, status.failure);
@@ -181,12 +184,13 @@ class Group::Impl {
       if (pe != call.ep_rank) platform_->commit(pe, 0, nullptr, 0, layout_.abort_at(call.ep_rank), poison, Traffic::kSignal);
     const uint64_t give_up = HostPlatform::now_ns() + 1'000'000'000;
     for (uint32_t rounds = 0; !platform_->quiet() && HostPlatform::now_ns() < give_up;) HostPlatform::pause(++rounds);
-    throw PeerError(*failure_);
+    throw PeerError(failure);
   }
 
   void take_stats(const Call& call, const Workspace& ws) {
     const int experts = call.num_local_experts();
     const uint32_t* rows = ws.row_offset + size_t(call.ep_size) * experts;
+    std::lock_guard lock(outcome_mutex_);
     stats_.tokens_per_expert.assign(rows, rows + experts);
     std::vector<uint64_t>* kinds[kTrafficKinds] = {&stats_.header, &stats_.rows, &stats_.results, &stats_.signals};
     for (int kind = 0; kind < kTrafficKinds; ++kind) {
@@ -196,11 +200,12 @@ class Group::Impl {
   }
 
   GroupOptions options_;
-  int num_workers_;
+  std::atomic<int> num_workers_;
   HeapLayout layout_;
   uint64_t epoch_;
   CpuEngine engine_;
-  mutable std::mutex mutex_;
+  std::mutex mutex_;  // one call at a time
+  mutable std::mutex outcome_mutex_;
   std::optional<std::string> failure_;
   GroupStats stats_;
   std::vector<int32_t> ids_, position_, rank_begin_;
