@@ -19,15 +19,15 @@ const T* address(uintptr_t a) {
 std::shared_ptr<Group> make_group(const std::string& name, int ep_rank, const Limits& limits,
                                   const std::vector<std::shared_ptr<SharedSegment>>& segments,
                                   const std::vector<size_t>& offsets, const std::vector<int>& pids,
-                                  std::optional<uint64_t> remote_only_seed, double timeout_s, double entry_timeout_s,
-                                  int num_workers) {
+                                  const std::vector<int>& global_ranks, std::optional<uint64_t> remote_only_seed,
+                                  double timeout_s, double entry_timeout_s, int num_workers) {
   const size_t ep_size = limits.ep_size, bytes = HeapLayout(limits).bytes;
-  if (segments.size() != ep_size || offsets.size() != ep_size || pids.size() != ep_size)
-    throw std::invalid_argument("segments, offsets and pids must have one entry for each of the " +
+  if (segments.size() != ep_size || offsets.size() != ep_size || pids.size() != ep_size || global_ranks.size() != ep_size)
+    throw std::invalid_argument("segments, offsets, pids and global_ranks must have one entry for each of the " +
                                 std::to_string(ep_size) + " ranks");
   if (ep_rank < 0 || size_t(ep_rank) >= ep_size)
     throw std::invalid_argument("ep_rank must lie in [0, " + std::to_string(ep_size) + "), got " + std::to_string(ep_rank));
-  GroupOptions o{name, ep_rank, limits, {}, {}, pids, remote_only_seed, timeout_s, entry_timeout_s, num_workers};
+  GroupOptions o{name, ep_rank, limits, {}, {}, pids, global_ranks, remote_only_seed, timeout_s, entry_timeout_s, num_workers};
   for (size_t pe = 0; pe < ep_size; ++pe) {
     if (offsets[pe] % HeapLayout::kAlign || offsets[pe] > segments[pe]->bytes() || segments[pe]->bytes() - offsets[pe] < bytes)
       throw std::invalid_argument("segment of rank " + std::to_string(pe) + " must hold " + std::to_string(bytes) +
@@ -122,8 +122,8 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<Group, std::shared_ptr<Group>>(m, "Group")
       .def(py::init(&make_group), py::arg("name"), py::arg("ep_rank"), py::arg("limits"), py::arg("segments"),
-           py::arg("offsets"), py::arg("pids"), py::arg("remote_only_seed") = py::none(), py::arg("timeout_s") = 60.0,
-           py::arg("entry_timeout_s") = 600.0, py::arg("num_workers") = 1)
+           py::arg("offsets"), py::arg("pids"), py::arg("global_ranks"), py::arg("remote_only_seed") = py::none(),
+           py::arg("timeout_s") = 60.0, py::arg("entry_timeout_s") = 600.0, py::arg("num_workers") = 1)
       .def("forward", &forward)
       .def("stats", &stats)
       .def_property_readonly("failed", &Group::failed)

@@ -166,6 +166,7 @@ def _join(world: World, name: str, members: list[int]) -> Group:
             [arena.segments[member] for member in members],
             [entry["offset"] for entry in entries],
             [arena.peers.pids[member] for member in members],
+            members,
             remote_only_seed=settings.remote_only_seed(world.rank),
             timeout_s=settings.timeout_s,
             entry_timeout_s=settings.entry_timeout_s,

@@ -153,6 +153,17 @@ def test_different_layers_in_one_step():
         world.call(cases.run_and_check, 1, RANKS, [3, 4, 5])
 
 
+def test_messages_of_a_smaller_group_name_the_world_s_ranks():
+    with failing_world(max_groups=2) as world:
+        world.call(cases.make_groups, (1, 2))
+        world.call(cases.run_and_check, 1, (1, 2), [3, 4], ranks=(1, 2))
+        outcomes = world.outcomes(cases.call_layers_by_rank, (1, 2), [2, 2], [1, 2], ranks=(1, 2))
+        for mine, outcome in zip((1, 2), outcomes, strict=True):
+            assert outcome.kind == "PeerError" and f"', rank {mine}, call " in outcome.error
+            assert f": rank {3 - mine} is calling" in outcome.error or f": rank {3 - mine} aborted" in outcome.error
+            assert "rank 0" not in outcome.error
+
+
 def test_failure_of_some_ranks_renews_all():
     """Two ranks' group fails; init() then makes a new arena on the third rank too."""
     with failing_world(max_groups=2) as world:

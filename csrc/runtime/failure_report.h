@@ -3,9 +3,11 @@
 
 #include <sstream>
 #include <string>
+#include <vector>
 
 #include "protocol/signal.h"
 #include "protocol/workspace.h"
+#include "runtime/moe.h"
 
 namespace flashmoe {
 
@@ -19,13 +21,21 @@ inline std::string describe_tag(const CallTag& t) {
   return s.str();
 }
 
-inline std::string describe_wait(const Call& call, const Status& status) {
+// Ranks of the group, as their users call them.
+struct RankNames {
+  const std::vector<int>& global_ranks;
+  std::string operator()(int rank) const {
+    return "rank " + std::to_string(rank < 0 || size_t(rank) >= global_ranks.size() ? rank : global_ranks[rank]);
+  }
+};
+
+inline std::string describe_wait(const Call& call, const Status& status, const RankNames& name) {
   std::ostringstream s;
   const uint64_t epoch = signal_epoch(status.seen);
   switch (Phase(status.phase)) {
-    case Phase::kHeader: s << "the packet header of rank " << status.peer; break;
-    case Phase::kChunk: s << "token rows of rank " << status.peer; break;
-    case Phase::kResults: s << "results of rank " << status.peer << ", its expert " << status.expert; break;
+    case Phase::kHeader: s << "the packet header of " << name(status.peer); break;
+    case Phase::kChunk: s << "token rows of " << name(status.peer); break;
+    case Phase::kResults: s << "results of " << name(status.peer) << ", its expert " << status.expert; break;
     case Phase::kQuiet: return "its own transfers to land";
     case Phase::kNone: return "nothing";
   }
@@ -33,29 +43,30 @@ inline std::string describe_wait(const Call& call, const Status& status) {
   return s.str();
 }
 
-inline std::string describe_failure(const std::string& group, const Call& call, const Status& status) {
+inline std::string describe_failure(const GroupOptions& group, const Call& call, const Status& status) {
+  const RankNames name{group.global_ranks};
   std::ostringstream s;
-  s << "flashmoe group '" << group << "', rank " << call.ep_rank << ", call " << call.epoch << " of "
+  s << "flashmoe group '" << group.name << "', " << name(call.ep_rank) << ", call " << call.epoch << " of "
     << describe_tag(call.tag) << ": ";
   const double seconds = double(status.waited_ns) * 1e-9;
   switch (Failure(status.failure)) {
     case Failure::kTimeout:
-      s << "no progress for " << seconds << " s while waiting for " << describe_wait(call, status)
+      s << "no progress for " << seconds << " s while waiting for " << describe_wait(call, status, name)
         << "; FLASHMOE_TIMEOUT_S and FLASHMOE_ENTRY_TIMEOUT_S set the limits";
       break;
     case Failure::kPeerDied:
-      s << "the process of rank " << status.peer << " ended while this rank was waiting for "
-        << describe_wait(call, status);
+      s << "the process of " << name(status.peer) << " ended while this rank was waiting for "
+        << describe_wait(call, status, name);
       break;
     case Failure::kPeerAborted: {
       static constexpr const char* kWhy[] = {"", "a deadline that passed", "a peer process that ended", "",
                                              "ranks that call different layers"};
-      s << "rank " << abort_origin(status.seen) << " aborted because of " << kWhy[abort_failure(status.seen) % 5]
-        << " (rank " << abort_about(status.seen) << ")";
+      s << name(abort_origin(status.seen)) << " aborted because of " << kWhy[abort_failure(status.seen) % 5]
+        << " (" << name(abort_about(status.seen)) << ")";
       break;
     }
     case Failure::kOtherCall:
-      s << "rank " << status.peer << " is calling another layer";
+      s << name(status.peer) << " is calling another layer";
       if (status.has_peer_tag)
         s << ": " << describe_tag(status.peer_tag);
       else

@@ -43,6 +43,7 @@ struct GroupOptions {
   std::vector<std::byte*> heaps;                // [ep_size] each rank's heap as mapped here, zeroed before first use
   std::vector<std::shared_ptr<void>> keep;      // whatever holds that memory
   std::vector<int> pids;                        // [ep_size] 0 where the rank is a thread of this process
+  std::vector<int> global_ranks;                // [ep_size] what messages call the ranks; empty: as in the group
   std::optional<uint64_t> remote_only_seed;     // reach peers by delayed, reordered puts alone
   double timeout_s = 60, entry_timeout_s = 600;
   int num_workers = 1;

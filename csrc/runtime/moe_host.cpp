@@ -172,7 +172,7 @@ class Group::Impl {
 
   // Sticky: the epoch cannot be completed, so nothing that peers hold of this group can be trusted again.
   [[noreturn]] void fail(const Call& call, const Status& status) {
-    const std::string failure = describe_failure(options_.name, call, status);
+    const std::string failure = describe_failure(options_, call, status);
     {
       std::lock_guard lock(outcome_mutex_);
       failure_ = failure;
