@@ -5,7 +5,6 @@ first time it is used, among its members only. Nothing here runs in a call of th
 """
 
 import atexit
-import ctypes
 import dataclasses
 import os
 import threading
@@ -271,11 +270,9 @@ def _drop_world() -> None:
 
 
 def _forget_in_forked_child() -> None:
-    # The groups' threads do not exist in the child and the symmetric memory is not mapped there, so that not even
-    # the destructors may run. What the child uses itself, it makes anew.
+    # The groups' threads do not exist in the child and the symmetric memory is not mapped there. What the child uses
+    # itself, it makes anew.
     global _lock, _world, _owns_torch_world
-    for group in _groups.values():
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
     _lock = threading.RLock()
     _groups.clear()
     _process_groups.clear()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import os
 import threading
@@ -73,8 +72,6 @@ class LocalGroup:
 
     def forget(self) -> None:
         """In a forked child, whose copy of the group has no worker threads and perhaps a lock that nobody holds."""
-        if self.group is not None:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.group))  # its destructor would wait for those threads
         self.lock, self.group = threading.Lock(), None
         _last_layer.pop(None, None)
 

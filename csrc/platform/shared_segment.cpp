@@ -177,7 +177,8 @@ std::shared_ptr<SharedSegment> SharedSegment::attach(int fd, size_t bytes) {
 
 SharedSegment::~SharedSegment() {
   if (fd_ >= 0) close(fd_);
-  if (!leaked_) munmap(data_, bytes_);
+  // In a forked child nothing of it is mapped (MADV_DONTFORK), and something else may lie there by now.
+  if (!leaked_ && getpid() == process_) munmap(data_, bytes_);
 }
 
 }  // namespace flashmoe

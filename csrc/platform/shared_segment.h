@@ -7,6 +7,8 @@
 // dropping a segment is safe as soon as no thread of *this* process uses it.
 #pragma once
 
+#include <unistd.h>
+
 #include <cstddef>
 #include <memory>
 
@@ -35,6 +37,7 @@ class SharedSegment {
  private:
   SharedSegment(int fd, std::byte* data, size_t bytes) : fd_(fd), data_(data), bytes_(bytes) {}
 
+  const pid_t process_ = getpid();
   int fd_;
   std::byte* data_;
   size_t bytes_;

@@ -1,4 +1,6 @@
 // The host runtime: one rank's group as threads over mapped heaps.
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -66,7 +68,16 @@ class Group::Impl {
     if (failure_) new std::vector(options_.keep);
   }
 
+  bool made_here() const { return getpid() == process_; }
+
+  // In a forked child, which has neither the threads nor the mapped memory: destructors would wait for the former.
+  // Only the descriptors go, so that the child keeps nobody's memory alive.
+  void forget() { options_.keep.clear(); }
+
   void forward(const ForwardArgs& args) {
+    if (!made_here())
+      throw std::runtime_error("flashmoe group '" + options_.name + "' was made by process " + std::to_string(process_) +
+                               ": a forked child has neither its threads nor its memory, and makes a group of its own");
     std::lock_guard lock(mutex_);
     if (failure_) throw PeerError(*failure_);
     const bool alone = options_.limits.ep_size == 1;
@@ -199,6 +210,7 @@ class Group::Impl {
     }
   }
 
+  const pid_t process_ = getpid();
   GroupOptions options_;
   std::atomic<int> num_workers_;
   HeapLayout layout_;
@@ -215,7 +227,11 @@ class Group::Impl {
 };
 
 Group::Group(GroupOptions options) : impl_(std::make_unique<Impl>(std::move(options))) {}
-Group::~Group() = default;
+Group::~Group() {
+  if (impl_->made_here()) return;
+  impl_->forget();
+  impl_.release();
+}
 void Group::forward(const ForwardArgs& args) { impl_->forward(args); }
 GroupStats Group::stats() const { return impl_->stats(); }
 std::optional<std::string> Group::failed() const { return impl_->failed(); }
