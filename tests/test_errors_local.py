@@ -226,6 +226,20 @@ def test_nan_and_infinity_reach_only_the_rows_they_touch(where, bad, ep_size, dt
             assert got[rows].isnan().any(-1).all()
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_gate_that_overflows_is_not_finite_where_torch_s_is_not(activation, gated):
+    case = LayerCase(H, I, E, K, (20,), gated=gated, activation=activation)
+    case.x[0][7, 1] = 3e38  # finite, but not its products with what lies beyond 1
+    case.gate_up_proj[:, :I:3] *= 100
+    expected = flashmoe.moe_reference(
+        case.x[0], case.topk_ids[0], case.topk_weights[0], case.gate_up_proj, case.down_proj,
+        activation=activation, gated=gated,
+    )  # fmt: skip
+    assert not expected[7].isfinite().any() and expected[:7].isfinite().all()
+    assert torch.equal(case.call(0, None).isnan(), expected.isnan())
+
+
 def test_the_weight_of_a_dropped_entry_is_never_read():
     case = LayerCase(H, I, E, K, (20,), skew="some_dropped")
     clean = case.call(0, None)
