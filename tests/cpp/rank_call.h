@@ -36,11 +36,12 @@ class RankCall {
     call.down_proj = bytes(a.down_proj), call.down_bias = bytes(a.down_bias);
 
     const Workspace size(call, layout, staged, nullptr);
-    // Not zeroed: nothing may be read that this call has not written.
-    Line line;
-    std::memset(line.bytes, 0xa5, sizeof line.bytes);
-    memory_.assign(size.bytes / sizeof(Line) + 1, line);
-    workspace = std::make_unique<Workspace>(call, layout, staged, memory_[0].bytes);
+    // Not zeroed: nothing may be read that this call has not written. Small numbers, as counts and indices are.
+    memory_.resize(size.bytes / sizeof(Line) + 1);
+    uint32_t garbage = 0;
+    for (Line& line : memory_)
+      for (uint32_t& word : line.words) word = (garbage += 3) % 1000;
+    workspace = std::make_unique<Workspace>(call, layout, staged, reinterpret_cast<std::byte*>(memory_.data()));
     if (ring_blocks) workspace->ring_blocks = std::min(workspace->ring_blocks, ring_blocks);
     workspace->reset(call, HostPlatform::now_ns());
   }
@@ -54,7 +55,7 @@ class RankCall {
 
  private:
   struct alignas(64) Line {
-    std::byte bytes[64];
+    uint32_t words[16];
   };
   static const std::byte* bytes(const void* p) { return static_cast<const std::byte*>(p); }
 
