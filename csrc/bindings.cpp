@@ -90,8 +90,9 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The flashmoe core. Use the flashmoe package; addresses are not checked here.";
   py::register_exception<PeerError>(m, "PeerError", PyExc_RuntimeError);
   m.def("build_info", &build_info);
-  m.def("read_bandwidth", &read_bandwidth_gb_s, py::arg("bytes"), py::arg("num_workers"), py::arg("repeats") = 3,
-        py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "read_memory", [](uintptr_t memory, size_t bytes, int workers) { return read_memory(address(memory), bytes, workers); },
+      py::arg("address"), py::arg("bytes"), py::arg("num_workers"), py::call_guard<py::gil_scoped_release>());
   m.def("available_memory", &available_memory_bytes);
 
   py::class_<SharedSegment, std::shared_ptr<SharedSegment>>(m, "Segment")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from . import _C
 
-_PAUSE_S = 0.002  # before each turn: a thread pool of the one before may still spin
+_PAUSE_S = 0.005  # before each turn: threads of the one before may still spin
 _TURN_S = 0.004  # shorter calls are repeated until a turn lasts about this long
 _REPORT_S = 5.0
 _GEMM_SIZE = 2048
@@ -66,7 +66,7 @@ class Contender:
     """
 
     name: str
-    call: Callable[[], torch.Tensor] | None
+    call: Callable[[], Any] | None
     threads: int
     samples: list[float] = field(default_factory=list)
     turns: dict[int, float] = field(default_factory=dict)
@@ -162,22 +162,14 @@ def speedup(ours: Contender, other: Contender) -> dict[str, Any]:
     }
 
 
-def gemm_gflops(threads: int) -> float:
-    """The best rate of a square float32 product by torch's BLAS with ``threads`` threads, in GFLOP/s.
-
-    Of 3 to 10 products, as many as a second allows.
-    """
-    torch.set_num_threads(threads)
+def gemm(threads: int) -> tuple[Contender, int]:
+    """A square float32 product by torch's BLAS, and its floating-point operations."""
     left, right = torch.randn(2, _GEMM_SIZE, _GEMM_SIZE)
-    out = torch.mm(left, right)
-    seconds: list[float] = []
-    while len(seconds) < 3 or (len(seconds) < 10 and sum(seconds) < 1.0):
-        start = time.perf_counter()
-        torch.mm(left, right, out=out)
-        seconds.append(time.perf_counter() - start)
-    return 2 * _GEMM_SIZE**3 / min(seconds) / 1e9
+    out = torch.empty(_GEMM_SIZE, _GEMM_SIZE)
+    return Contender("pure GEMM", lambda: torch.mm(left, right, out=out), threads), 2 * _GEMM_SIZE**3
 
 
-def read_gb_s(threads: int) -> float:
-    """The best rate at which ``threads`` threads read memory that no cache holds, in GB/s."""
-    return _C.read_bandwidth(_READ_BYTES, threads, 4)
+def reading(threads: int) -> tuple[Contender, int]:
+    """Reading memory that no cache holds, with ``threads`` threads, and its bytes."""
+    memory = torch.ones(_READ_BYTES, dtype=torch.uint8)
+    return Contender("pure reading", lambda: _C.read_memory(memory.data_ptr(), _READ_BYTES, threads), threads), _READ_BYTES

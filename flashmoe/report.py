@@ -71,7 +71,8 @@ def body(record: dict[str, Any]) -> str:
         ("speed", f"{latency['gflops']:.1f} GFLOP/s = {percent(record['gemm_share'])} of the pure GEMM rate "
                   f"({rates['gemm_gflops']:.1f} in fp32 with as many threads, {rates['threads']})"),
         ("floor", f"{milliseconds(floor['seconds'])} for the {'weights' if reading else 'FLOPs'}; "
-                  f"{percent(floor['share_of_speed'])} of its speed reached (FLOPs "
+                  f"{percent(floor['share_of_speed'])} of its speed reached "
+                  f"({' to '.join(percent(share) for share in floor['share_of_speed_quartiles'])}; FLOPs "
                   f"{milliseconds(floor['compute_seconds'])}, reading {size(floor['weight_bytes_touched'])} of weights "
                   f"{milliseconds(floor['read_seconds'])} at {rates['read_gb_s']:.1f} GB/s)"
                   + ("; above 100%: the weights were still in a cache" if cached else "")),

@@ -13,7 +13,7 @@ from . import baselines
 from .accuracy import Check, checked_tokens
 from .activations import random_activations, text_activations
 from .contention import ProcessorTime
-from .measure import Contender, Ranks, gemm_gflops, read_gb_s, speedup, spread, take_turns
+from .measure import Contender, Ranks, gemm, quantile, reading, speedup, spread, take_turns
 from .models import LayerShape
 from .module import MoE
 from .routing import Routing, make_router
@@ -92,12 +92,14 @@ def run_rank(options: RunOptions) -> dict[str, Any] | None:
             "rows_computed": [sum(rank["tokens_per_expert"]) for rank in stats],
         }
 
-    report(f"floor: rates of this machine with {options.all_threads} threads")
-    rates = _rates(options, ranks)
     contenders = [
         Contender("flashmoe", partial(layer, x, routing), options.threads),
         Contender("with router", partial(layer, x), options.threads),
     ]
+    pure, amounts = zip(gemm(options.all_threads), reading(options.all_threads), strict=True)
+    for contender in pure:  # one rank measures what the machine does with the threads of all
+        contender.call = contender.call if ranks.rank == 0 else None
+    contenders.extend(pure)
     results = []
     for name in options.baselines:
         report(f"baseline: {name}")
@@ -113,7 +115,6 @@ def run_rank(options: RunOptions) -> dict[str, Any] | None:
     take_turns(contenders, ranks, options.iterations, options.warmup, options.seconds, report)
     processor_seconds = ranks.collect_objects(processors.mine())
     cores = processors.shares(sum(processor_seconds)) if ranks.rank == 0 else None
-    again = _rates(options, ranks)
     if ranks.rank:
         return None
     flops = shape.flops(all_routing.topk_ids.numel())
@@ -123,14 +124,19 @@ def run_rank(options: RunOptions) -> dict[str, Any] | None:
             other = timed[entry["name"]]
             entry |= _speed(other, flops) | speedup(contenders[0], other)
     result |= {
-        "rates": {name: max(rate, again[name]) for name, rate in rates.items()},  # neighbours come and go
+        "rates": {
+            "threads": options.all_threads,
+            "gemm_gflops": amounts[0] / spread(pure[0].samples)["p50"] / 1e9,
+            "read_gb_s": amounts[1] / spread(pure[1].samples)["p50"] / 1e9,
+        },
         "cores_while_timing": cores,
         "latency": _speed(contenders[0], flops),
         "latency_with_router": _speed(contenders[1], flops),
         "baselines": results,
         "flops": flops,
     }
-    return result | _floor(options, result)
+    touched = result["routing"]["experts_used"] * shape.expert_elements * DTYPES[options.dtype].itemsize
+    return result | _floor(contenders[0], *pure, flops / amounts[0], touched, touched / amounts[1])
 
 
 def _build(options: RunOptions, ranks: Ranks) -> tuple[MoE, MoE | None]:
@@ -181,16 +187,6 @@ def _enter_baseline(
         return None, f"it raised {error!r}"
 
 
-def _rates(options: RunOptions, ranks: Ranks) -> dict[str, float]:
-    """What this machine can do with the threads of all ranks, measured on rank 0 while the others wait."""
-    rates = {"threads": options.all_threads}
-    ranks.barrier()
-    if ranks.rank == 0:
-        rates |= {"gemm_gflops": gemm_gflops(options.all_threads), "read_gb_s": read_gb_s(options.all_threads)}
-    ranks.barrier()
-    return rates
-
-
 def _speed(contender: Contender, flops: int) -> dict[str, Any]:
     latency = spread(contender.samples)
     return latency | {"gflops": flops / latency["p50"] / 1e9}
@@ -208,19 +204,28 @@ def _load(options: RunOptions, routing: Routing) -> dict[str, Any]:
     }
 
 
-def _floor(options: RunOptions, result: dict[str, Any]) -> dict[str, Any]:
-    """The least time that the measured rates allow, were the work spread evenly, and how near the median comes."""
-    rates, latency = result["rates"], result["latency"]
-    touched = result["routing"]["experts_used"] * options.shape.expert_elements * DTYPES[options.dtype].itemsize
-    compute, read = result["flops"] / (rates["gemm_gflops"] * 1e9), touched / (rates["read_gb_s"] * 1e9)
+def _floor(
+    ours: Contender, product: Contender, read: Contender, products: float, touched: int, reads: float
+) -> dict[str, Any]:
+    """The least time that this machine allows, were the work spread evenly, and how near ours comes to it.
+
+    The work is worth ``products`` pure products and ``reads`` pure readings of ``touched`` bytes of weights. Shares
+    of speed are medians and quartiles of ratios round by round: the machine is not equally fast in all rounds.
+    """
+    rounds = [number for number in ours.turns if number in product.turns and number in read.turns]
+    compute = [products * product.turns[number] for number in rounds]
+    read_all = [reads * read.turns[number] for number in rounds]
+    shares = [max(pair) / ours.turns[number] for number, *pair in zip(rounds, compute, read_all, strict=True)]
+    gemm_shares = [seconds / ours.turns[number] for number, seconds in zip(rounds, compute, strict=True)]
     floor = {
-        "seconds": max(compute, read),
-        "compute_seconds": compute,
-        "read_seconds": read,
+        "seconds": max(quantile(compute, 0.5), quantile(read_all, 0.5)),
+        "compute_seconds": quantile(compute, 0.5),
+        "read_seconds": quantile(read_all, 0.5),
         "weight_bytes_touched": touched,
-        "share_of_speed": max(compute, read) / latency["p50"],
+        "share_of_speed": quantile(shares, 0.5),
+        "share_of_speed_quartiles": [quantile(shares, 0.25), quantile(shares, 0.75)],
     }
-    return {"floor": floor, "gemm_share": latency["gflops"] / rates["gemm_gflops"]}
+    return {"floor": floor, "gemm_share": quantile(gemm_shares, 0.5)}
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ struct CpuKernels {
 namespace cpu {
 inline constexpr int kPanelRows = 4;      // weight rows that a register tile covers
 inline constexpr int kMaxKBlock = 1024;   // longest stretch of K that is summed in registers
-inline constexpr int kMaxTileRows = 128;  // weight rows of a tile: gate and up rows together
+inline constexpr int kMaxTileRows = 256;  // weight rows of a tile: gate and up rows together
 inline constexpr int kMaxLanes = 16;
 
 // One worker's memory during a tile. The rows of a K block stay in the L2 cache, the panel in the L1.

@@ -81,7 +81,7 @@ std::shared_ptr<Group> make_local_group(int num_workers);
 // ep_size ranks as threads of this process. `options.limits` and the like apply to all.
 std::vector<std::shared_ptr<Group>> make_local_team(const GroupOptions& options);
 
-// Bytes per second (in units of 1e9) that `workers` threads together read from memory that no cache holds.
-double read_bandwidth_gb_s(size_t bytes, int workers, int repeats);
+// Reads [memory, memory + bytes) with `workers` threads, an equal share each, and returns the sum of its words.
+uint64_t read_memory(const void* memory, size_t bytes, int workers);
 
 }  // namespace flashmoe

@@ -1,5 +1,7 @@
 #include "runtime/worker_pool.h"
 
+#include <dlfcn.h>
+
 #include "platform/host.h"
 
 namespace flashmoe {
@@ -7,6 +9,35 @@ namespace {
 
 // How long a helper stays awake after a call: the next layer's call usually comes soon.
 constexpr uint64_t kAwakeNs = 100'000;
+
+// The entry points of the OpenMP runtime that the process has already loaded, GNU's or LLVM's, as compilers call it.
+struct OpenMP {
+  void (*parallel)(void (*)(void*), void*, unsigned threads, unsigned flags);
+  int (*max_threads)();
+
+  // A team of another size would make the runtime end its threads and start new ones, here and in the next operator.
+  static const OpenMP* team_of(int workers) {
+    static const OpenMP runtime{find<decltype(parallel)>("GOMP_parallel"),
+                                find<decltype(max_threads)>("omp_get_max_threads")};
+    return runtime.parallel && runtime.max_threads && runtime.max_threads() == workers ? &runtime : nullptr;
+  }
+
+ private:
+  template <class F>
+  static F find(const char* name) {
+    return reinterpret_cast<F>(dlsym(RTLD_DEFAULT, name));
+  }
+};
+
+// One call by a team. Inside another parallel region the team may be smaller: then who is there does it all.
+struct TeamCall {
+  const std::function<void(int)>& work;
+  std::atomic<int> next_worker{0};
+  static void join(void* call) {
+    TeamCall& c = *static_cast<TeamCall*>(call);
+    c.work(c.next_worker.fetch_add(1, std::memory_order_relaxed));
+  }
+};
 
 }  // namespace
 
@@ -18,6 +49,7 @@ WorkerPool::~WorkerPool() {
 }
 
 void WorkerPool::reserve(int workers) {
+  if (workers <= 1 || OpenMP::team_of(workers)) return;
   while (int(helpers_.size()) < workers - 1) {
     const int worker = int(helpers_.size()) + 1;
     const uint32_t call = call_.load(std::memory_order_relaxed);
@@ -27,6 +59,10 @@ void WorkerPool::reserve(int workers) {
 
 void WorkerPool::run(int workers, const std::function<void(int)>& work) {
   if (workers <= 1) return work(0);
+  if (const OpenMP* openmp = OpenMP::team_of(workers)) {
+    TeamCall call{work};
+    return openmp->parallel(&TeamCall::join, &call, unsigned(workers), 0);
+  }
   work_ = &work;
   active_ = workers;
   // Every helper passes through every call, also one that has no part in it: so none can miss the next.

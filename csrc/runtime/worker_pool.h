@@ -1,5 +1,8 @@
-// The workers of one rank: the calling thread and as many helpers as are asked for. Helpers wait between calls,
-// first awake, then asleep.
+// The workers of one rank: the calling thread and as many helpers as are asked for.
+//
+// Where the tensor library keeps an OpenMP team of the same size in this process, its threads are the helpers: they
+// stay awake for milliseconds after every operator and would keep other threads off the cores meanwhile. Elsewhere
+// the pool has threads of its own, which wait between calls, first awake, then asleep.
 #pragma once
 
 #include <atomic>
