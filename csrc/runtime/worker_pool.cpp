@@ -1,6 +1,7 @@
 #include "runtime/worker_pool.h"
 
 #include <dlfcn.h>
+#include <pthread.h>
 
 #include "platform/host.h"
 
@@ -16,13 +17,18 @@ struct OpenMP {
   int (*max_threads)();
 
   // A team of another size would make the runtime end its threads and start new ones, here and in the next operator.
+  // A forked child has inherited what the runtime knows of its team, and none of the threads: it would wait for ever.
   static const OpenMP* team_of(int workers) {
     static const OpenMP runtime{find<decltype(parallel)>("GOMP_parallel"),
                                 find<decltype(max_threads)>("omp_get_max_threads")};
+    static const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+    if (watching != 0 || forked) return nullptr;
     return runtime.parallel && runtime.max_threads && runtime.max_threads() == workers ? &runtime : nullptr;
   }
 
  private:
+  inline static bool forked = false;
+
   template <class F>
   static F find(const char* name) {
     return reinterpret_cast<F>(dlsym(RTLD_DEFAULT, name));
