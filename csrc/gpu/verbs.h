@@ -119,16 +119,19 @@ FLASHMOE_HD constexpr uint32_t swizzle_128(uint32_t row, uint32_t byte_in_row) {
 }
 // `byte_in_row`: where the step of K begins, a multiple of 32; each product takes 32 bytes of a row.
 FLASHMOE_DEVICE uint64_t wgmma_descriptor(const void* tile, int byte_in_row = 0);
-// Before the first product, and after any access of this thread to accumulators.
-FLASHMOE_DEVICE void wgmma_fence();
+// Before the first product, and after any access of this thread to accumulators. Name those arrays here and in
+// wgmma_wait, that the compiler moves no access across.
+template <class... Accumulators>
+FLASHMOE_DEVICE void wgmma_fence(Accumulators&... accumulators);
 // acc = a · bᵀ (+ acc): 64 × N, fp32; K is 16 in bf16 and fp16, 8 in fp32, which is cut to tf32 by dropping bits.
 // N: 8, 16, 32, 64, 96, 128, 192 or 256. acc may not be touched until wgmma_wait. Thread t of the warpgroup holds in
 // acc[i] row wgmma_row(t, i) and column wgmma_column(t, i).
 template <DType dtype, int N>
 FLASHMOE_DEVICE void wgmma(float (&acc)[N / 2], uint64_t a, uint64_t b, bool accumulate);
 FLASHMOE_DEVICE void wgmma_commit();
-template <int kNewest>
-FLASHMOE_DEVICE void wgmma_wait();  // until all but the kNewest latest commits are done
+// Until all but the kNewest latest commits are done.
+template <int kNewest, class... Accumulators>
+FLASHMOE_DEVICE void wgmma_wait(Accumulators&... accumulators);
 FLASHMOE_HD constexpr int wgmma_row(int thread, int i) {
   return thread % 128 / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
 }
