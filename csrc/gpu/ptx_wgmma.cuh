@@ -5,11 +5,8 @@
 
 namespace flashmoe::gpu {
 
-// Bits 0-13 address, 16-29 leading offset (unused by a swizzled K-major tile), 32-45 offset from one group of eight
-// rows to the next, 62-63 swizzle, 1 for 128 bytes; addresses and offsets in units of 16 bytes.
 FLASHMOE_DEVICE uint64_t wgmma_descriptor(const void* tile, int byte_in_row) {
-  const uint64_t address = (shared_address(tile) + uint32_t(byte_in_row)) >> 4 & 0x3fff;
-  return address | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+  return wgmma_descriptor_bits(shared_address(tile) + uint32_t(byte_in_row));
 }
 
 // An empty asm that claims to change the accumulators: no access of theirs moves across it.

@@ -117,6 +117,11 @@ FLASHMOE_DEVICE void tma_load_3d(void* shared, const TensorMap* map, int x, int 
 FLASHMOE_HD constexpr uint32_t swizzle_128(uint32_t row, uint32_t byte_in_row) {
   return row * 128 + (byte_in_row ^ (row % 8) * 16);
 }
+// Of a tile at that address in shared memory. Bits 0-13: address; 16-29: leading offset, unused by such a tile; 32-45:
+// offset from one group of eight rows to the next; 62-63: swizzle, 1 for 128 bytes. All in units of 16 bytes.
+FLASHMOE_HD constexpr uint64_t wgmma_descriptor_bits(uint32_t address) {
+  return (address >> 4 & 0x3fff) | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+}
 // `byte_in_row`: where the step of K begins, a multiple of 32; each product takes 32 bytes of a row.
 FLASHMOE_DEVICE uint64_t wgmma_descriptor(const void* tile, int byte_in_row = 0);
 // Before the first product, and after any access of this thread to accumulators. Name those arrays here and in
