@@ -15,7 +15,8 @@ SUFFIXES = {".py", ".h", ".hpp", ".cuh", ".cpp", ".cu"}
 
 ROLES = ("dispatcher", "subscriber", "scheduler", "processor")
 # Lower levels never include higher ones. Protocol headers that are not named here stand between 1 and 3.
-PROTOCOL_LEVELS = {"config": 0, "platform": 0, "packet": 1, "task": 1, "signal": 1, "heap_layout": 1, "moe_kernel": 4}
+PROTOCOL_LEVELS = {"config": 0, "group": 0, "platform": 0, "packet": 1, "task": 1, "signal": 1, "heap_layout": 1, "work": 1}
+PROTOCOL_LEVELS |= {"agent": 4, "crew": 4, "moe_kernel": 5}
 PROTOCOL_LEVELS |= dict.fromkeys(ROLES, 3)
 PLATFORMS = {"platform/host.h", "platform/simt.h", "platform/cuda.cuh", "platform/nvshmem.cuh"}
 ENGINES = {"engine/cpu.h", "engine/sm80.cuh", "engine/sm90.cuh"}
@@ -80,7 +81,8 @@ def protocol_stands_alone(sources):
 
 
 def protocol_has_levels(sources):
-    """{config, platform} ← {packet, task, signal, heap_layout} ← the rest ← roles ← moe_kernel; no role in a role."""
+    """{config, group, platform} ← {packet, task, signal, heap_layout, work} ← the rest ← roles ← {agent, crew} ←
+    moe_kernel; no role in a role."""
     for path, text in core(sources).items():
         for name, _ in includes(text):
             if not path.startswith("csrc/protocol/") or not name.startswith("protocol/"):

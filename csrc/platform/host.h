@@ -41,7 +41,7 @@ class HostPlatform {
   static bool compare_exchange(uint32_t* word, uint32_t expected, uint32_t desired) {
     return std::atomic_ref(*word).compare_exchange_strong(expected, desired, std::memory_order_acq_rel);
   }
-  static void copy(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
+  static void copy(Alone, void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
 
   std::byte* heap() const { return heaps_[ep_rank_]; }
 

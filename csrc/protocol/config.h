@@ -4,10 +4,14 @@
 #include <cstddef>
 #include <cstdint>
 
+// FLASHMOE_HD: arithmetic, for host and device alike. FLASHMOE_ROLE: code that meets other threads, and so runs only
+// where its platform's verbs do.
 #if defined(__CUDACC__)
 #define FLASHMOE_HD __host__ __device__
+#define FLASHMOE_ROLE __device__
 #else
 #define FLASHMOE_HD
+#define FLASHMOE_ROLE
 #endif
 
 namespace flashmoe {
@@ -32,8 +36,6 @@ inline constexpr int kChunkRows = 64;
 inline constexpr int kCombineTokens = 16;
 // Experts per token at most.
 inline constexpr int kMaxTopK = 256;
-// Row blocks that may be between their up and down tiles at one time; bounds the memory of a call under any skew.
-inline constexpr int kRingBlocks = 32;
 
 // What a group's symmetric heap must be able to hold. Equal on all its ranks.
 struct Limits {

@@ -5,86 +5,122 @@
 #include "protocol/plan.h"
 #include "protocol/platform.h"
 #include "protocol/signal.h"
+#include "protocol/work.h"
 
 namespace flashmoe {
 
 template <Platform P>
 class Dispatcher {
  public:
-  FLASHMOE_HD explicit Dispatcher(const Context<P>& context) : c_(context) {}
+  FLASHMOE_ROLE explicit Dispatcher(const Context<P>& context) : c_(context) {}
 
-  FLASHMOE_HD Step step() {
-    Counters& n = *c_.ws.counters;
-    if (!P::load_acquire(&n.plan_ready)) {
-      if (!P::compare_exchange(&n.plan_claimed, 0, 1)) return Step::kIdle;
-      plan_segments(c_.call, c_.ws);
-      plan_slots(c_.call, c_.ws);
-      // Headers are tiny and leave first: destinations form row blocks while the rows travel.
-      for (int i = 1; i < c_.call.ep_size; ++i) send_header(c_.call.canonical_source(i));
-      P::store_release(&n.plan_ready, 1);
-      return Step::kProgress;
-    }
-    const uint32_t tasks = num_send_tasks();
-    if (P::load_acquire(&n.send_head) >= tasks) return Step::kDone;
-    const uint32_t ticket = P::fetch_add(&n.send_head, 1);
-    if (ticket >= tasks) return Step::kDone;
-    // Chunk-major, so that every destination has work to start on early.
-    const int peers = c_.call.ep_size - 1;
-    send_chunk(c_.call.canonical_source(1 + int(ticket) % peers), ticket / peers);
-    P::fetch_add(&n.sends_done, 1);
-    return Step::kProgress;
+  template <LaneGroup Lanes>
+  FLASHMOE_ROLE bool next(const Lanes& lanes, Work& work) {
+    if (lanes.rank() == 0) work = next_alone();
+    work = lanes.broadcast(work);
+    return work.kind != WorkKind::kNone;
+  }
+
+  template <ThreadGroup Group>
+  FLASHMOE_ROLE void perform(const Group& group, const Work& work) {
+    if (work.kind == WorkKind::kPlan)
+      plan(group);
+    else
+      send_chunk(group, work.index, uint32_t(work.part));
   }
 
   // Everything that this rank has to send is on its way.
-  FLASHMOE_HD bool done() const {
+  FLASHMOE_ROLE bool done() const {
     const Counters& n = *c_.ws.counters;
-    return P::load_acquire(&n.plan_ready) && P::load_acquire(&n.sends_done) == num_send_tasks();
+    return P::load_acquire(&n.plan_ready) && P::load_acquire(&n.sends_done) == n.send_tasks;
   }
 
  private:
-  // Some of these tickets name a chunk that a shorter packet does not have: they cost nothing.
-  FLASHMOE_HD uint32_t num_send_tasks() const {
+  FLASHMOE_ROLE Work next_alone() {
+    Counters& n = *c_.ws.counters;
+    if (!P::load_acquire(&n.plan_ready)) {
+      const bool mine = !P::load_acquire(&n.plan_claimed) && P::compare_exchange(&n.plan_claimed, 0, 1);
+      return {mine ? WorkKind::kPlan : WorkKind::kNone, 0, 0};
+    }
+    // Some of these tickets name a chunk that a shorter packet does not have: they cost nothing.
+    if (P::load_acquire(&n.send_head) >= n.send_tasks) return {};
+    const uint32_t ticket = P::fetch_add(&n.send_head, 1);
+    if (ticket >= n.send_tasks) return {};
+    // Chunk-major, so that every destination has work to start on early.
+    const int peers = c_.call.ep_size - 1;
+    return {WorkKind::kSendChunk, c_.call.canonical_source(1 + int(ticket) % peers), int(ticket) / peers};
+  }
+
+  template <ThreadGroup Group>
+  FLASHMOE_ROLE void plan(const Group& group) {
+    plan_segments(group, c_.call, c_.ws);
+    plan_slots(group, c_.call, c_.ws);
+    // Headers are tiny and leave first: destinations form row blocks while the rows travel.
+    const int ep_size = c_.call.ep_size;
+    for (int i = 1; i < ep_size; ++i) write_header(group, c_.call.canonical_source(i));
+    group.sync();
+    for (int i = 1 + group.rank(); i < ep_size; i += group.size()) commit_header(c_.call.canonical_source(i));
+    group.sync();
+    if (group.rank() != 0) return;
+    Counters& n = *c_.ws.counters;
     uint32_t most = 0;
-    for (int d = 0; d < c_.call.ep_size; ++d) {
+    for (int d = 0; d < ep_size; ++d) {
       const uint32_t chunks = ceil_div<uint32_t>(packet_slots(c_.ws, d), kChunkRows);
       most = chunks > most ? chunks : most;
     }
-    return most * uint32_t(c_.call.ep_size - 1);
+    n.send_tasks = most * uint32_t(ep_size - 1);
+    P::store_release(&n.plan_ready, 1);
   }
 
-  FLASHMOE_HD void send_header(int d) {
+  FLASHMOE_ROLE std::byte* header_window(int d) const {
+    return c_.platform.window(d, c_.layout.header_at(d, c_.call.ep_rank), c_.header_stage(d));
+  }
+
+  template <ThreadGroup Group>
+  FLASHMOE_ROLE void write_header(const Group& group, int d) {
     const Call& call = c_.call;
     const Workspace& ws = c_.ws;
     const uint32_t entries = packet_entries(call, ws, d);
-    const uint64_t word = header_signal(call.epoch, call.tag, entries != 0);
-    const size_t signal = c_.layout.header_signal_at(call.ep_rank);
-    if (entries == 0) {
-      // No reply will say that this was read, so the end of the call waits until it has landed (design D5).
-      c_.platform.commit(d, 0, nullptr, 0, signal, word, Traffic::kHeader);
-      return;
-    }
+    if (entries == 0) return;
     const int begin = call.rank_begin[d], experts = call.rank_begin[d + 1] - begin;
-    const size_t offset = c_.layout.header_at(d, call.ep_rank);
-    std::byte* header = c_.platform.window(d, offset, c_.header_stage(d));
+    std::byte* header = header_window(d);
     const uint32_t first = ws.segment_row[begin];
-    *reinterpret_cast<PacketHeader*>(header) = {call.tag, packet_slots(ws, d), entries, first, ws.segment_signal[begin]};
+    if (group.rank() == 0)
+      *reinterpret_cast<PacketHeader*>(header) = {call.tag, packet_slots(ws, d), entries, first, ws.segment_signal[begin]};
     uint32_t* entry_begin = header_entry_begin(header);
-    for (int e = 0; e <= experts; ++e) entry_begin[e] = ws.segment_row[begin + e] - first;
-    P::copy(header_entry_slot(header, experts), ws.row_slot + first, entries * sizeof(uint32_t));
-    c_.platform.commit(d, offset, header, header_bytes(experts, entries), signal, word, Traffic::kHeader);
+    for (int e = group.rank(); e <= experts; e += group.size()) entry_begin[e] = ws.segment_row[begin + e] - first;
+    P::copy(group, header_entry_slot(header, experts), ws.row_slot + first, entries * sizeof(uint32_t));
   }
 
-  FLASHMOE_HD void send_chunk(int d, uint32_t chunk) {
+  FLASHMOE_ROLE void commit_header(int d) {
+    const Call& call = c_.call;
+    const uint32_t entries = packet_entries(call, c_.ws, d);
+    const int experts = call.rank_begin[d + 1] - call.rank_begin[d];
+    // Nothing of an empty packet but its word is sent. No reply will say that this was read, so the end of the call
+    // waits until it has landed (design D5).
+    const bool rows = entries != 0;
+    c_.platform.commit(d, rows ? c_.layout.header_at(d, call.ep_rank) : 0, rows ? header_window(d) : nullptr,
+                       rows ? header_bytes(experts, entries) : 0, c_.layout.header_signal_at(call.ep_rank),
+                       header_signal(call.epoch, call.tag, rows), Traffic::kHeader);
+  }
+
+  template <ThreadGroup Group>
+  FLASHMOE_ROLE void send_chunk(const Group& group, int d, uint32_t chunk) {
     const Call& call = c_.call;
     const uint32_t slots = packet_slots(c_.ws, d), begin = chunk * kChunkRows;
-    if (begin >= slots) return;
-    const uint32_t end = begin + kChunkRows < slots ? begin + kChunkRows : slots;
-    const size_t row_bytes = call.row_bytes(), offset = c_.layout.inbox_at(d, call.ep_rank, begin, row_bytes);
-    std::byte* rows = c_.platform.window(d, offset, c_.inbox_stage(d, begin));
-    const uint32_t* token = c_.ws.slot_token + c_.ws.slot_begin[d];
-    for (uint32_t s = begin; s < end; ++s) P::copy(rows + (s - begin) * row_bytes, call.x + token[s] * row_bytes, row_bytes);
-    c_.platform.commit(d, offset, rows, (end - begin) * row_bytes, c_.layout.chunk_signal_at(call.ep_rank, int(chunk)),
-                       make_signal(call.epoch, 0), Traffic::kRows);
+    if (begin < slots) {
+      const uint32_t num = begin + kChunkRows < slots ? kChunkRows : slots - begin;
+      const size_t row_bytes = call.row_bytes(), offset = c_.layout.inbox_at(d, call.ep_rank, begin, row_bytes);
+      std::byte* rows = c_.platform.window(d, offset, c_.inbox_stage(d, begin));
+      const uint32_t* token = c_.ws.slot_token + c_.ws.slot_begin[d] + begin;
+      for (uint32_t r = group.warp(); r < num; r += group.num_warps())
+        P::copy(group.lanes(), rows + r * row_bytes, call.x + token[r] * row_bytes, row_bytes);
+      group.sync();
+      if (group.rank() == 0)
+        c_.platform.commit(d, offset, rows, num * row_bytes, c_.layout.chunk_signal_at(call.ep_rank, int(chunk)),
+                           make_signal(call.epoch, 0), Traffic::kRows);
+    }
+    if (group.rank() == 0) P::fetch_add(&c_.ws.counters->sends_done, 1);
   }
 
   Context<P> c_;

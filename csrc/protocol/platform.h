@@ -18,7 +18,7 @@
 
 #include <concepts>
 
-#include "protocol/config.h"
+#include "protocol/group.h"
 
 namespace flashmoe {
 
@@ -26,7 +26,7 @@ enum class Traffic : uint8_t { kHeader, kRows, kResults, kSignal };
 inline constexpr int kTrafficKinds = 4;
 
 template <class P>
-concept Platform = requires(P& p, const P& cp, uint64_t* word64, uint32_t* word32, std::byte* bytes, size_t n, int pe) {
+concept Platform = requires(P& p, const P& cp, uint64_t* word64, uint32_t* word32, std::byte* bytes, size_t n, int pe, Alone group) {
   { P::load_acquire(word64) } -> std::same_as<uint64_t>;
   { P::load_acquire(word32) } -> std::same_as<uint32_t>;
   P::store_release(word64, uint64_t{});
@@ -40,7 +40,7 @@ concept Platform = requires(P& p, const P& cp, uint64_t* word64, uint32_t* word3
   { p.quiet() } -> std::same_as<bool>;
   p.release_when_landed(word32, uint32_t{});
   { cp.test_signal(n) } -> std::same_as<uint64_t>;
-  P::copy(bytes, bytes, n);
+  P::copy(group, bytes, bytes, n);  // by all threads of a group, which then still have to meet
   { P::now_ns() } -> std::same_as<uint64_t>;
   { p.peer_alive(pe) } -> std::same_as<bool>;
   { P::pause(uint32_t{}) };  // after so many fruitless rounds: spin, then give the core away

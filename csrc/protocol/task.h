@@ -11,8 +11,9 @@ namespace flashmoe {
 
 struct RowBlock {
   int32_t local_expert;
-  uint32_t row_begin;  // in the expert's canonical list
+  uint32_t row_begin;        // in the expert's canonical list
   uint32_t num_rows;
+  int32_t num_sources;       // whose rows it may hold: all that were decided when it was published
   uint32_t sequence;         // of all row blocks of the call, in order of publication
   uint32_t up_tiles_left;    // arrival counter: the last arriver publishes the block's down tiles
   uint32_t down_tiles_left;  // arrival counter: the last arriver returns the block's rows
@@ -39,7 +40,7 @@ struct TileTask {
 
 // Takes the next up tile if it is runnable.
 template <class P>
-FLASHMOE_HD bool take_up(UpQueue& queue, uint32_t ring_blocks, uint32_t tiles, TileTask& task) {
+FLASHMOE_ROLE bool take_up(UpQueue& queue, uint32_t ring_blocks, uint32_t tiles, TileTask& task) {
   while (true) {
     const uint32_t ticket = P::load_acquire(&queue.head);
     const uint32_t block = ticket / tiles;
@@ -51,7 +52,7 @@ FLASHMOE_HD bool take_up(UpQueue& queue, uint32_t ring_blocks, uint32_t tiles, T
 }
 
 template <class P>
-FLASHMOE_HD bool take_down(DownQueue& queue, uint64_t* entries, uint32_t ring_blocks, uint32_t tiles, TileTask& task) {
+FLASHMOE_ROLE bool take_down(DownQueue& queue, uint64_t* entries, uint32_t ring_blocks, uint32_t tiles, TileTask& task) {
   while (true) {
     const uint32_t ticket = P::load_acquire(&queue.head);
     const uint32_t position = ticket / tiles;
@@ -67,7 +68,7 @@ FLASHMOE_HD bool take_down(DownQueue& queue, uint64_t* entries, uint32_t ring_bl
 }
 
 template <class P>
-FLASHMOE_HD void push_down(DownQueue& queue, uint64_t* entries, uint32_t ring_blocks, uint32_t ring_slot) {
+FLASHMOE_ROLE void push_down(DownQueue& queue, uint64_t* entries, uint32_t ring_blocks, uint32_t ring_slot) {
   const uint32_t position = P::fetch_add(&queue.tail, 1);
   P::store_release(&entries[position % ring_blocks], uint64_t(position + 1) << 32 | ring_slot);
 }

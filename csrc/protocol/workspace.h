@@ -22,9 +22,17 @@ struct Status {
   uint32_t has_peer_tag;
 };
 
+// What the machine that computes the call adds to its shapes.
+struct Machine {
+  bool staged = false;            // some peers' memory is not mapped here
+  uint32_t max_ring_blocks = 32;  // between their up and down tiles at one time: bounds the memory under any skew
+  int plan_warps = 1;             // of the group that plans
+};
+
 // The counters that start every call at zero.
 struct Counters {
   uint32_t plan_claimed, plan_ready;
+  uint32_t send_tasks;  // written by the plan
   uint32_t send_head, sends_done;
   uint32_t subscriber_lock, headers_known, subscriber_done;
   uint32_t scheduler_lock, scheduler_done;
@@ -46,8 +54,10 @@ struct Workspace {
   uint32_t* row_token;       // [num_tokens · top_k] token of each result row
   uint32_t* row_slot;        // [num_tokens · top_k] its slot in the destination's inbox
   uint32_t* slot_token;      // [min(ep_size, top_k) · num_tokens] token of each slot, destination by destination
-  uint32_t* slot_begin;      // [ep_size + 1] first slot of each destination in slot_token
-  int32_t* token_slot;       // [num_tokens] scratch: slot of the token at the destination being planned
+  uint32_t* slot_begin;      // [ep_size] place in slot_token of each destination's first slot
+  uint32_t* num_slots;       // [ep_size] distinct tokens that travel to each destination
+  uint32_t* dealt;           // [plan_warps, num_experts] scratch: rows of each position that lie before the warp's next
+  int32_t* token_slot;       // [plan_warps, num_tokens] scratch: slot of the token at the destination being planned
 
   // What the sources sent (subscriber). Sources in canonical order.
   uint32_t* entry_begin;   // [ep_size, num_local_experts + 1] the packets' own prefix sums
@@ -74,12 +84,12 @@ struct Workspace {
   size_t bytes;
 
   // Lays the table out from `base`; with a null base it only measures (`bytes`).
-  FLASHMOE_HD Workspace(const Call& call, const HeapLayout& layout, bool staged, std::byte* base) : bytes(0) {
+  FLASHMOE_HD Workspace(const Call& call, const HeapLayout& layout, const Machine& machine, std::byte* base) : bytes(0) {
     const size_t ep_size = call.ep_size, local = call.num_local_experts(), experts = call.num_experts;
     const size_t tokens = call.num_tokens, pairs = tokens * call.top_k;
     const size_t most_rows = pairs + (ep_size - 1) * layout.max_result_rows;
     const size_t most_blocks = most_rows / kBlockM + (local < most_rows ? local : most_rows) + 1;
-    ring_blocks = uint32_t(most_blocks < kRingBlocks ? most_blocks : kRingBlocks);
+    ring_blocks = uint32_t(most_blocks < machine.max_ring_blocks ? most_blocks : machine.max_ring_blocks);
     hidden_stride = round_up(call.intermediate_size, 16);
 
     auto region = [&]<class T>(T*& pointer, size_t count) {
@@ -94,8 +104,10 @@ struct Workspace {
     region(row_token, pairs);
     region(row_slot, pairs);
     region(slot_token, tokens * (ep_size < size_t(call.top_k) ? ep_size : call.top_k));
-    region(slot_begin, ep_size + 1);
-    region(token_slot, tokens);
+    region(slot_begin, ep_size);
+    region(num_slots, ep_size);
+    region(dealt, machine.plan_warps * experts);
+    region(token_slot, machine.plan_warps * tokens);
     region(entry_begin, ep_size * (local + 1));
     region(row_offset, (ep_size + 1) * local);
     region(run_signal, ep_size * local);
@@ -107,18 +119,21 @@ struct Workspace {
     region(ring_free, ring_blocks);
     region(down_entries, ring_blocks);
     region(hidden, ring_blocks * kBlockM * hidden_stride);
-    region(packet_stage, staged ? (ep_size - 1) * (layout.header_stride + layout.inbox_stride) : 0);
-    region(result_stage, staged ? ring_blocks * kBlockM * call.row_bytes() : 0);
+    region(packet_stage, machine.staged ? (ep_size - 1) * (layout.header_stride + layout.inbox_stride) : 0);
+    region(result_stage, machine.staged ? ring_blocks * kBlockM * call.row_bytes() : 0);
   }
 
   // Before the first worker enters the call.
-  FLASHMOE_HD void reset(const Call& call, uint64_t now_ns) {
-    *counters = Counters{};
-    counters->last_progress_ns = now_ns;
-    *status = Status{};
-    for (int i = 0; i < call.ep_size; ++i) num_chunks[i] = chunks_ready[i] = 0;
-    for (int e = 0; e < call.num_local_experts(); ++e) row_offset[e] = next_block[e] = 0;
-    for (uint32_t r = 0; r < ring_blocks; ++r) ring_free[r] = r, down_entries[r] = 0;
+  template <class Group>
+  FLASHMOE_ROLE void reset(const Group& group, const Call& call, uint64_t now_ns) {
+    if (group.rank() == 0) {
+      *counters = Counters{};
+      counters->last_progress_ns = now_ns;
+      *status = Status{};
+    }
+    for (int i = group.rank(); i < call.ep_size; i += group.size()) num_chunks[i] = chunks_ready[i] = 0;
+    for (int e = group.rank(); e < call.num_local_experts(); e += group.size()) row_offset[e] = next_block[e] = 0;
+    for (uint32_t r = group.rank(); r < ring_blocks; r += group.size()) ring_free[r] = r, down_entries[r] = 0;
   }
 };
 
@@ -139,8 +154,5 @@ struct Context {
     return stage ? stage + layout.header_stride + slot * call.row_bytes() : nullptr;
   }
 };
-
-// What a role's step says to the loop: it did something; it has nothing to do now; it has nothing left to do.
-enum class Step : uint8_t { kIdle, kProgress, kDone };
 
 }  // namespace flashmoe

@@ -85,12 +85,12 @@ class Group::Impl {
     Call call = make_call(args);
     if (alone && options_.keep.empty()) grow(call);
 
-    const bool staged = platform_->staged();
-    Workspace ws(call, layout_, staged, workspace_.at_least(Workspace(call, layout_, staged, nullptr).bytes));
-    ws.reset(call, HostPlatform::now_ns());
+    const Machine machine{.staged = platform_->staged()};
+    Workspace ws(call, layout_, machine, workspace_.at_least(Workspace(call, layout_, machine, nullptr).bytes));
+    ws.reset(Alone{}, call, HostPlatform::now_ns());
     platform_->reset_sent();
     run(call, ws);
-    if (ws.status->failure) fail(call, *ws.status);
+    if (ws.status->failure) fail(call, ws);
     take_stats(call, ws);
   }
 
@@ -181,18 +181,14 @@ class Group::Impl {
     workers_.run(workers, part);
   }
 
-  // Sticky: the epoch cannot be completed, so nothing that peers hold of this group can be trusted again.
-  [[noreturn]] void fail(const Call& call, const Status& status) {
-    const std::string failure = describe_failure(options_, call, status);
+  // Sticky: what peers hold of this group can never be trusted again.
+  [[noreturn]] void fail(const Call& call, Workspace& ws) {
+    const std::string failure = describe_failure(options_, call, *ws.status);
     {
       std::lock_guard lock(outcome_mutex_);
       failure_ = failure;
     }
-    const uint64_t poison = Failure(status.failure) == Failure::kPeerAborted
-                                ? status.seen
-                                : abort_word(call.ep_rank, status.peer, status.failure);
-    for (int pe = 0; pe < call.ep_size; ++pe)
-      if (pe != call.ep_rank) platform_->commit(pe, 0, nullptr, 0, layout_.abort_at(call.ep_rank), poison, Traffic::kSignal);
+    abort_peers(Context<HostPlatform>{call, layout_, ws, *platform_});
     const uint64_t give_up = HostPlatform::now_ns() + 1'000'000'000;
     for (uint32_t rounds = 0; !platform_->quiet() && HostPlatform::now_ns() < give_up;) HostPlatform::pause(++rounds);
     throw PeerError(failure);

@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "platform/host.h"
+#include "protocol/group.h"
 #include "protocol/workspace.h"
 #include "team.h"
 
@@ -12,7 +13,7 @@ namespace flashmoe::test {
 
 class RankCall {
  public:
-  // `ring_blocks`: 0 for as many as there is room for.
+  // `ring_blocks`: 0 for as many as the host has.
   RankCall(const CallOfAll& of_all, int rank, int ep_size, uint64_t epoch, const HeapLayout& layout, bool staged, uint32_t ring_blocks = 0)
       : shape(*of_all.layer), args_(of_all, rank, ep_size) {
     const ForwardArgs& a = args_.args;
@@ -35,15 +36,15 @@ class RankCall {
     call.gate_up_proj = bytes(a.gate_up_proj), call.gate_up_bias = bytes(a.gate_up_bias);
     call.down_proj = bytes(a.down_proj), call.down_bias = bytes(a.down_bias);
 
-    const Workspace size(call, layout, staged, nullptr);
+    const Machine machine{.staged = staged, .max_ring_blocks = ring_blocks ? ring_blocks : Machine{}.max_ring_blocks};
+    const Workspace size(call, layout, machine, nullptr);
     // Not zeroed: nothing may be read that this call has not written. Small numbers, as counts and indices are.
     memory_.resize(size.bytes / sizeof(Line) + 1);
     uint32_t garbage = 0;
     for (Line& line : memory_)
       for (uint32_t& word : line.words) word = (garbage += 3) % 1000;
-    workspace = std::make_unique<Workspace>(call, layout, staged, reinterpret_cast<std::byte*>(memory_.data()));
-    if (ring_blocks) workspace->ring_blocks = std::min(workspace->ring_blocks, ring_blocks);
-    workspace->reset(call, HostPlatform::now_ns());
+    workspace = std::make_unique<Workspace>(call, layout, machine, reinterpret_cast<std::byte*>(memory_.data()));
+    workspace->reset(Alone{}, call, HostPlatform::now_ns());
   }
 
   std::vector<float> y() const { return decode(args_.y, DType::kFloat32); }

@@ -1,10 +1,10 @@
 // A team of ranks in the simulated time of sim_platform.h: the roles of the product, stepped in the order of a seed.
 #pragma once
 
-#include "protocol/dispatcher.h"
-#include "protocol/processor.h"
-#include "protocol/scheduler.h"
-#include "protocol/subscriber.h"
+#include <deque>
+
+#include "protocol/agent.h"
+#include "protocol/crew.h"
 #include "rank_call.h"
 #include "sim_platform.h"
 #include "tiny_engine.h"
@@ -17,6 +17,7 @@ struct SimOptions {
   Fault fault = Fault::kNone;
   uint64_t last_epoch = 0;
   uint32_t ring_blocks = 0;  // 0: as many as the workspace has room for
+  int ahead = 0;             // pieces of work that an agent decides on while its crew has one in hand
   int straggler = -1;        // a rank that moves a hundred times less often
 };
 
@@ -37,21 +38,20 @@ class SimRank {
   }
   bool busy() const { return rank_call_ != nullptr; }
 
+  // One step of a worker. Its agent may be `ahead` pieces of work ahead of its crew, who perform them in turn.
   bool step(int worker, int role) {
     Worker& w = *workers_[worker];
+    const Alone me;
+    Work work;
     switch (role) {
-      case 0: return w.dispatcher.step() == Step::kProgress;
-      case 1: return w.subscriber.step() == Step::kProgress;
-      case 2: return w.scheduler.step() == Step::kProgress;
-      default: return w.processor.step() == Step::kProgress;
+      case 0: return int(w.posted.size()) <= options_.ahead && w.agent.dispatcher.next(me, work) && w.post(work);
+      case 1: return w.agent.subscriber.step(me);
+      case 2: return w.agent.scheduler.step(me);
+      case 3: return int(w.posted.size()) <= options_.ahead && w.agent.processor.next(me, work) && w.post(work);
+      default: return w.perform();
     }
   }
-  // As MoeKernel says it.
-  bool done() const {
-    const Worker& w = *workers_[0];
-    return w.dispatcher.done() && w.subscriber.done() && w.scheduler.all_served() && w.processor.all_combined() &&
-           const_cast<SimPlatform&>(platform).quiet();
-  }
+  bool done() { return workers_[0]->agent.done(Alone{}); }
   // y, and no more of this call than transfers that should have landed may still need.
   std::vector<float> end() {
     last_call_ = std::move(rank_call_);
@@ -60,15 +60,23 @@ class SimRank {
   Failure failure() const { return Failure(rank_call_->workspace->status->failure); }
 
  private:
-  using Processor = flashmoe::Processor<SimPlatform, Engine>;
   struct Worker {
-    Dispatcher<SimPlatform> dispatcher;
-    Subscriber<SimPlatform> subscriber;
-    Scheduler<SimPlatform> scheduler;
-    Processor processor;
+    Agent<SimPlatform> agent;
+    CrewOfOne<SimPlatform, Engine> crew;
+    std::deque<Work> posted;
     Worker(const Context<SimPlatform>& c, const Engine& engine, const LayerShape& shape)
-        : dispatcher(c), subscriber(c), scheduler(c, Processor::up_tiles(shape), Processor::down_tiles(shape)),
-          processor(c, engine, shape, nullptr) {}
+        : agent(c, tile_shape<Engine>(c.call, shape), {}), crew(c, engine, shape, nullptr) {}
+
+    bool post(const Work& work) {
+      posted.push_back(work);
+      return true;
+    }
+    bool perform() {
+      if (posted.empty()) return false;
+      crew.perform(posted.front());
+      posted.pop_front();
+      return true;
+    }
   };
 
   const SimOptions& options_;
@@ -130,7 +138,7 @@ SimOutcome simulate(const Program& program, const SimOptions& options, uint64_t 
     bool moved = network.move_one();
     for (int r = 0; r < options.ep_size; ++r)
       for (int w = 0; w < options.num_workers; ++w)
-        for (int role = 0; role < 4; ++role) moved |= move_rank(r, w, role);
+        for (int role = 0; role < 5; ++role) moved |= move_rank(r, w, role);
     return !moved;
   };
   auto all_ended = [&] { return std::all_of(calls_ended.begin(), calls_ended.end(), [&](size_t n) { return n == program.size(); }); };
@@ -143,7 +151,7 @@ SimOutcome simulate(const Program& program, const SimOptions& options, uint64_t 
     } else {
       const int r = int(random() % options.ep_size);
       if (r == options.straggler && random() % 100) continue;
-      moved = move_rank(r, int(random() % options.num_workers), int(random() % 4));
+      moved = move_rank(r, int(random() % options.num_workers), int(random() % 5));
     }
     idle = moved ? 0 : idle + 1;
     if (idle > 1000 && stands_still()) outcome.trouble = describe(0, "standstill");

@@ -130,15 +130,17 @@ void plan(uint64_t seed) {
   call.num_experts = r.num_experts, call.hidden_size = 4, call.intermediate_size = 4, call.topk_ids = r.ids.data();
   call.expert_position = position.data(), call.rank_begin = rank_begin.data();
   const HeapLayout layout(Limits{r.ep_size, r.num_tokens, 16, r.top_k, r.num_experts});
-  std::vector<std::byte> memory(Workspace(call, layout, false, nullptr).bytes + 64);
-  Workspace ws(call, layout, false, reinterpret_cast<std::byte*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t(63)));
-  plan_segments(call, ws);
-  plan_slots(call, ws);
+  std::vector<std::byte> memory(Workspace(call, layout, Machine{}, nullptr).bytes + 64);
+  Workspace ws(call, layout, Machine{}, reinterpret_cast<std::byte*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t(63)));
+  plan_segments(Alone{}, call, ws);
+  plan_slots(Alone{}, call, ws);
 
-  uint32_t row = 0, signal = 0, slots = 0;
+  uint32_t row = 0, signal = 0, slot_end = 0;
   bool ok = true;
   for (int d = 0; d < r.ep_size; ++d) {
-    ok = ok && ws.slot_begin[d] == slots;
+    // Destinations do not share places in slot_token.
+    ok = ok && ws.slot_begin[d] >= slot_end;
+    slot_end = ws.slot_begin[d] + packet_slots(ws, d);
     std::map<int, uint32_t> slot_of;  // token → slot at d
     for (int p = rank_begin[d]; p < rank_begin[d + 1]; ++p) {
       ok = ok && ws.segment_row[p] == row && ws.segment_signal[p] == signal;
@@ -151,16 +153,17 @@ void plan(uint64_t seed) {
           ok = ok && ws.row_slot[row] == uint32_t(token);
         } else {
           const bool first = slot_of.emplace(token, uint32_t(slot_of.size())).second;
-          if (first) ok = ok && ws.slot_token[slots++] == uint32_t(token);
+          if (first) ok = ok && ws.slot_token[ws.slot_begin[d] + slot_of[token]] == uint32_t(token);
           ok = ok && ws.row_slot[row] == slot_of[token];
         }
         ++row;
       }
       signal += max_runs(row - begin);
     }
+    ok = ok && packet_slots(ws, d) == slot_of.size();
   }
   for (int i = 0; i < r.num_tokens * r.top_k; ++i) ok = ok && (r.ids[i] >= 0 || ws.result_row[i] == -1);
-  ok = ok && ws.segment_row[r.num_experts] == row && ws.slot_begin[r.ep_size] == slots;
+  ok = ok && ws.segment_row[r.num_experts] == row && slot_end <= uint32_t(r.num_tokens * std::min(r.ep_size, r.top_k));
   check(ok, "plan of seed " + std::to_string(seed));
   check(row <= layout.max_result_rows && signal <= layout.max_result_signals, "the plan fits the heap, seed " + std::to_string(seed));
 }

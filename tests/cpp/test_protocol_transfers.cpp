@@ -74,8 +74,10 @@ void bits() {
   for (int ep_size : {1, 2, 3, 4})
     for (int workers : {1, 2, 4})
       for (bool remote_only : {false, true})
-        check_simulated(program_of(ep_size, {100, 33}, Skew::kZipf, 77), {.ep_size = ep_size, .num_workers = workers, .remote_only = remote_only},
-                        10, std::to_string(ep_size) + " ranks of " + std::to_string(workers) + " workers");
+        for (int ahead : {0, 3})
+          check_simulated(program_of(ep_size, {100, 33}, Skew::kZipf, 77),
+                          {.ep_size = ep_size, .num_workers = workers, .remote_only = remote_only, .ahead = ahead}, 5,
+                          std::to_string(ep_size) + " ranks of " + std::to_string(workers) + " workers");
   check_caught(!simulate<PlaceDependentEngine>(program_of(2, {100}, Skew::kZipf, 77), {}, 1).trouble.empty(),
                "an engine whose bits depend on a row's place in its tile");
 }
