@@ -10,6 +10,8 @@ file(GLOB test_sources CONFIGURE_DEPENDS tests/cpp/test_*.cpp)
 if(FLASHMOE_SANITIZE STREQUAL "thread")
   # The engine's tests are one thread that computes for minutes: nothing for ThreadSanitizer to see.
   list(FILTER test_sources EXCLUDE REGEX "/test_cpu_[a-z_]*\\.cpp$")
+  # So are the GPU's kernels on fibers, and ThreadSanitizer does not follow a change of stacks.
+  list(FILTER test_sources EXCLUDE REGEX "/test_simt_[a-z_]*\\.cpp$")
 endif()
 foreach(source ${test_sources})
   get_filename_component(name ${source} NAME_WE)

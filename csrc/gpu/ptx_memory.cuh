@@ -90,7 +90,10 @@ FLASHMOE_DEVICE T load_coherent(const T* from) {
   if constexpr (sizeof(T) == 4)
     asm volatile("ld.global.u32 %0, [%1];" : "=r"(loaded.word[0]) : "l"(from) : "memory");
   else if constexpr (sizeof(T) == 8)
-    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(loaded.word[0]), "=r"(loaded.word[1]) : "l"(from) : "memory");
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(loaded.word[0]), "=r"(loaded.word[1])
+                 : "l"(from)
+                 : "memory");
   else
     asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(loaded.word[0]), "=r"(loaded.word[1]), "=r"(loaded.word[2]), "=r"(loaded.word[3])

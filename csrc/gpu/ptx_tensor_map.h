@@ -19,7 +19,8 @@ inline std::string make_tensor_map(TensorMap* map, const TensorBox& box) {
   const cudaError_t asked = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found);
 #endif
   if (asked != cudaSuccess) return std::string("no CUDA driver to make a tensor map: ") + cudaGetErrorString(asked);
-  if (found != cudaDriverEntryPointSuccess || !entry) return "the CUDA driver knows no tensor maps (12.0 is the oldest)";
+  if (found != cudaDriverEntryPointSuccess || !entry)
+    return "the CUDA driver knows no tensor maps (12.0 is the oldest that does)";
 
   const CUtensorMapDataType types[] = {CU_TENSOR_MAP_DATA_TYPE_FLOAT32, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
                                        CU_TENSOR_MAP_DATA_TYPE_FLOAT16};

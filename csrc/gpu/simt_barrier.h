@@ -13,30 +13,30 @@ inline NamedBarrier& enter_named_barrier(int id, int threads, const char* verb, 
   if (threads < 32 || threads % 32 || threads > int(my_block().threads.size()))
     throw Misuse(std::string(verb) + ": impossible number of threads " + std::to_string(threads));
   NamedBarrier& barrier = my_block().named[id];
-  Warp& warp = my_block().warps[self().index / 32];
   const int warp_index = self().index / 32;
+  Warp& warp = my_block().warps[warp_index];
   release(barrier.clock);
-  const auto& phases = meet(warp.meeting, 32, self().index % 32, verb, id, uint64_t(id) << 32 | uint32_t(threads), false,
-    [&](std::vector<uint64_t>& board) {
-      for (uint64_t& value : board) {
-        if (value >> 32 != uint64_t(id) || uint32_t(value) != uint32_t(threads))
-          throw Misuse(std::string(verb) + ": lanes of a warp name different barriers");
-        value = barrier.phase;
-      }
-      if (barrier.arrived && barrier.threads != threads)
-        throw Misuse(std::string(verb) + " " + std::to_string(id) + " of " + std::to_string(threads) +
-                     " threads, while others came for " + std::to_string(barrier.threads));
-      if (barrier.warps >> warp_index & 1)
-        throw Misuse(std::string(verb) + " " + std::to_string(id) + ": a warp comes twice in one phase");
-      barrier.threads = threads;
-      barrier.arrived += 32;
-      barrier.warps |= 1u << warp_index;
-      if (barrier.arrived < threads) return;
-      barrier.arrived = 0, barrier.warps = 0, ++barrier.phase;
-      barrier.published = barrier.clock;
-      machine->wake(barrier.waiting);
-      machine->progress();
-    });
+  const uint64_t named = uint64_t(id) << 32 | uint32_t(threads);
+  const auto count_warp = [&](std::vector<uint64_t>& board) {
+    for (uint64_t& value : board) {
+      if (value != named) throw Misuse(std::string(verb) + ": lanes of a warp name different barriers");
+      value = barrier.phase;
+    }
+    if (barrier.arrived && barrier.threads != threads)
+      throw Misuse(std::string(verb) + " " + std::to_string(id) + " of " + std::to_string(threads) +
+                   " threads, while others came for " + std::to_string(barrier.threads));
+    if (barrier.warps >> warp_index & 1)
+      throw Misuse(std::string(verb) + " " + std::to_string(id) + ": a warp comes twice in one phase");
+    barrier.threads = threads;
+    barrier.arrived += 32;
+    barrier.warps |= 1u << warp_index;
+    if (barrier.arrived < threads) return;
+    barrier.arrived = 0, barrier.warps = 0, ++barrier.phase;
+    barrier.published = barrier.clock;
+    machine->wake(barrier.waiting);
+    machine->progress();
+  };
+  const auto& phases = meet(warp.meeting, 32, self().index % 32, verb, id, named, false, count_warp);
   phase = phases[self().index % 32];
   return barrier;
 }
@@ -56,7 +56,8 @@ struct BarrierState {
     return "the barrier at shared+" + std::to_string(static_cast<const std::byte*>(address) - block->shared.data());
   }
   void arrive() {
-    if (pending == 0) throw Misuse("more arrivals at " + place() + " than init's " + std::to_string(count) + " in one phase");
+    if (pending == 0)
+      throw Misuse("more arrivals at " + place() + " than init's " + std::to_string(count) + " in one phase");
     --pending;
     turn();
   }
@@ -87,7 +88,8 @@ inline std::shared_ptr<BarrierState> barrier_at(const void* barrier, const char*
   uint64_t word;
   std::memcpy(&word, barrier, 8);
   if (found == my_block().barriers.end()) throw Misuse(std::string(verb) + ": the barrier was never initialised");
-  if (word != barrier_mark(barrier)) throw Misuse(std::string(verb) + ": " + found->second->place() + " was overwritten");
+  if (word != barrier_mark(barrier))
+    throw Misuse(std::string(verb) + ": " + found->second->place() + " was overwritten");
   if (!found->second->fenced && found->second->initializer != self().index)
     throw Misuse(std::string(verb) + ": no fence_barrier_init after the init of " + found->second->place());
   return found->second;
@@ -116,7 +118,8 @@ FLASHMOE_DEVICE void Barrier::init(uint32_t arrivals) {
   using namespace simt;
   machine->step();
   my_block().shared.offset(this, 8, 8, "Barrier::init");
-  if (arrivals == 0 || arrivals >= 1u << 20) throw Misuse("Barrier::init for " + std::to_string(arrivals) + " arrivals");
+  if (arrivals == 0 || arrivals >= 1u << 20)
+    throw Misuse("Barrier::init for " + std::to_string(arrivals) + " arrivals");
   auto& state = my_block().barriers[this];
   if (state) throw Misuse("Barrier::init: " + state->place() + " is in use");
   state = std::make_shared<BarrierState>();

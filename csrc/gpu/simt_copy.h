@@ -17,7 +17,7 @@ namespace simt {
 // Shared memory that a verb is about to change.
 inline void check_no_reader(size_t offset, size_t bytes, const char* verb) {
   for (const Warpgroup& group : my_block().warpgroups)
-    for (const auto& product : group.products)
+    for (const auto& product : group.unwaited)
       if (product->reads(offset, bytes))
         throw Misuse(std::string(verb) + ": overwrites shared+" + std::to_string(offset) +
                      ", which a wgmma that nobody waited for reads");
@@ -97,11 +97,12 @@ struct BoxCopy : InFlight {
   }
 };
 
-inline void tma_load(void* shared, const TensorMap* map, const std::array<int64_t, 3>& first, int dims, Barrier* barrier,
-                     const char* verb) {
+inline void tma_load(void* shared, const TensorMap* map, const std::array<int64_t, 3>& first, int dims,
+                     Barrier* barrier, const char* verb) {
   machine->step();
   if (std::string error = tensor_box_error(map->box); !error.empty()) throw Misuse(std::string(verb) + ": " + error);
-  if (map->box.dims != dims) throw Misuse(std::string(verb) + " with a map of " + std::to_string(map->box.dims) + " dimensions");
+  if (map->box.dims != dims)
+    throw Misuse(std::string(verb) + " with a map of " + std::to_string(map->box.dims) + " dimensions");
   auto copy = std::make_shared<BoxCopy>();
   copy->block = &my_block(), copy->box = map->box;
   std::copy(first.begin(), first.end(), copy->first);

@@ -15,8 +15,8 @@
 #endif
 
 // Two ways to change stacks: a few instructions where we wrote them down, else ucontext, which also enters the kernel
-// of the operating system each time. AddressSanitizer's builds take the second, so that both are tested.
-#if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__)
+// of the operating system each time.
+#if defined(__x86_64__) && !defined(FLASHMOE_FIBER_UCONTEXT)
 #define FLASHMOE_FIBER_ASM 1
 extern "C" void flashmoe_switch_stack(void** save, void* to);
 // Saves what a function must leave as it found it, changes stacks, and takes it up on the other side.

@@ -25,7 +25,7 @@ class Machine {
 
   // At the head of each verb: perhaps someone else first.
   void step() {
-    if (++current->verbs_since_poll > 64) idle_ = 0;
+    if (++current->verbs_since_poll > kWorking) idle_ = 0;
     if (random.one_in(pace_)) yield();
   }
   // A verb that asks whether something has happened yet.
@@ -65,6 +65,8 @@ class Machine {
 
  private:
   struct Cancelled {};
+  // A thread that does so much between two questions is at work, and time need not fly.
+  static constexpr int kWorking = 32;
 
   void body(Thread& thread, const std::function<void()>& kernel);
   void enter(Thread& thread);
@@ -147,7 +149,7 @@ inline void Machine::run() {
       continue;
     }
     // Where all only ask and nothing moves, time flies: deadlines come, and if they do not help either, it is over.
-    const uint64_t rounds = idle_ / (4 * runnable_.size() + 64);
+    const uint64_t rounds = idle_ / (16 * runnable_.size() + 256);
     now_ += uint64_t{20} << std::min<uint64_t>(rounds, 26);
     if (rounds > 80 || ++switches_ > max_switches_) break;
     Thread& thread = pick();
@@ -181,8 +183,8 @@ inline void Machine::finish(Thread& thread) {
   if (--block.live > 0 || error_) return;
   for (const auto& flight : in_flight_)
     if (flight->block == &block && !flight->landed && !flight->outlives_threads())
-      error_ = std::make_exception_ptr(
-          Misuse("block " + std::to_string(block.index) + " ended while a TMA load into its shared memory was in flight"));
+      error_ = std::make_exception_ptr(Misuse("block " + std::to_string(block.index) +
+                                              " ended while a TMA load into its shared memory was in flight"));
 }
 
 inline void Machine::move_something() {

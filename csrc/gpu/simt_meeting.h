@@ -25,7 +25,7 @@ const std::vector<uint64_t>& meet(Meeting& meeting, int n, int place, const char
   board.resize(std::max<size_t>(board.size(), size_t(place) + 1));
   if (meeting.arrived == 0) meeting.verb = verb;
   if (std::strcmp(meeting.verb, verb) != 0)
-    throw Misuse(std::string(verb) + " while the others are in " + meeting.verb + ": threads that must act together diverge");
+    throw Misuse(std::string(verb) + " while others are in " + meeting.verb + ": threads that act together diverge");
   board[place] = value;
   if (orders_memory) release(meeting.clock);
   const uint64_t number = meeting.number;

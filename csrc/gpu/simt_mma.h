@@ -49,8 +49,10 @@ FLASHMOE_DEVICE void ldmatrix_x4(uint32_t (&words)[4], const void* shared_row) {
   const size_t offset = my_block().shared.offset(shared_row, 16, 16, "ldmatrix_x4");
   my_block().shared.check_read(offset, 16, self().clock, false, "ldmatrix_x4");
   const std::vector<uint64_t>& rows = meet_warp("ldmatrix_x4", reinterpret_cast<uint64_t>(shared_row));
-  for (int i = 0; i < 4; ++i)
-    std::memcpy(&words[i], reinterpret_cast<const std::byte*>(rows[size_t(i * 8 + my_lane() / 4)]) + my_lane() % 4 * 4, 4);
+  for (int i = 0; i < 4; ++i) {
+    const auto* row = reinterpret_cast<const std::byte*>(rows[size_t(i * 8 + my_lane() / 4)]);
+    std::memcpy(&words[i], row + my_lane() % 4 * 4, 4);
+  }
 }
 
 }  // namespace flashmoe::gpu

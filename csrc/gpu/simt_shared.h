@@ -88,9 +88,10 @@ class SharedMemory {
     each(offset, bytes, [&](size_t g) {
       const Granule& granule = granules_[g];
       if (granule.count > clock[granule.writer])
-        throw Misuse(std::string(verb) + ": reads " + place(g) + " with no wait or barrier between");
+        throw Misuse(std::string(verb) + ": reads " + place(g) + "; no wait or barrier between");
       if (async && granule.dirty)
-        throw Misuse(std::string(verb) + ": reads " + place(g) + " in the generic proxy; no fence_async_shared between");
+        throw Misuse(std::string(verb) + ": reads " + place(g) +
+                     " in the generic proxy; no fence_async_shared between");
     });
   }
   void check_async_write(size_t offset, size_t bytes, const char* verb) const {
@@ -117,7 +118,8 @@ class SharedMemory {
     for (size_t g = offset / kGranule; g * kGranule < offset + bytes; ++g) visit(g);
   }
   std::string place(size_t g) const {
-    return "shared+" + std::to_string(g * kGranule) + ", which writer " + std::to_string(granules_[g].writer) + " wrote";
+    return "shared+" + std::to_string(g * kGranule) + ", written by thread " + std::to_string(granules_[g].writer) +
+           " (or TMA, if there is none of that number)";
   }
 
   size_t bytes_;

@@ -71,7 +71,7 @@ struct Thread {
   size_t place = 0;  // among the runnable
   const char* waits_in = nullptr;
   int64_t waits_on = 0;
-  int verbs_since_poll = 0;
+  int verbs_since_poll = 1 << 20;
 
   struct Copy {
     std::shared_ptr<InFlight> flight;
@@ -102,7 +102,8 @@ struct Warp {
 struct Warpgroup {
   Meeting meeting;
   std::array<std::shared_ptr<std::vector<float>>, 128> values;
-  std::deque<std::shared_ptr<Product>> products;  // in the order of issue
+  std::deque<std::shared_ptr<Product>> products;     // in flight, in the order of issue
+  std::vector<std::shared_ptr<Product>> unwaited;    // whose operands may still be read, for all that anyone knows
 };
 
 struct Block {

@@ -19,6 +19,7 @@ struct Product : InFlight {
   size_t a, b;  // addresses of the first row's first byte
   int64_t commit;
   Warpgroup* group;
+  uint32_t waited = 0;  // by which warps of the four
   std::array<std::shared_ptr<std::vector<float>>, 128> values;
 
   int depth() const { return dtype == DType::kFloat32 ? 8 : 16; }
@@ -26,7 +27,7 @@ struct Product : InFlight {
 
   bool reads(size_t offset, size_t bytes) const {
     const auto overlap = [&](size_t begin, size_t size) { return offset < begin + size && begin < offset + bytes; };
-    return !landed && (overlap(tile(a), 64 * 128) || overlap(tile(b), size_t(n) * 128));
+    return overlap(tile(a), 64 * 128) || overlap(tile(b), size_t(n) * 128);
   }
   bool ready() const override { return group->products.front().get() == this; }
 
@@ -120,6 +121,7 @@ inline void issue(DType dtype, int n, float* registers, uint64_t a, uint64_t b, 
     my_block().shared.check_read(Product::tile(product->a), 64 * 128, common, true, "wgmma");
     my_block().shared.check_read(Product::tile(product->b), size_t(n) * 128, common, true, "wgmma");
     group.products.push_back(product);
+    group.unwaited.push_back(product);
     machine->launch(product);
   });
 }
@@ -155,8 +157,13 @@ FLASHMOE_DEVICE void wgmma_wait(Accumulators&...) {
   using namespace simt;
   machine->step();
   const int64_t limit = self().product_commits - kNewest;
-  auto& products = my_warpgroup().products;
+  Warpgroup& group = my_warpgroup();
+  auto& products = group.products;
   while (!products.empty() && products.front()->commit < limit) products.front()->land(machine->random);
+  std::erase_if(group.unwaited, [&](const auto& product) {
+    if (product->commit < limit) product->waited |= 1u << self().index / 32 % 4;
+    return product->waited == 0xf;
+  });
   std::erase_if(self().accumulators, [&](const Accumulator& mine) {
     if (mine.commit >= limit) return false;
     if (!poisoned(mine.registers, mine.values->size()))
