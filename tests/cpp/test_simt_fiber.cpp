@@ -14,7 +14,8 @@ void fibers_take_turns() {
   for (size_t f = 0; f < 3; ++f)
     fibers[f] = std::make_unique<Fiber>([&order, &fibers, f] {
       volatile char pad[5000];  // an exception and its handler live on this stack
-      pad[0] = pad[4999] = char('a' + f);
+      pad[0] = char('a' + f);
+      pad[4999] = char('a' + f);
       try {
         order += pad[0];
         fibers[f]->leave();
