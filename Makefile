@@ -1,5 +1,6 @@
 # make run      sets up what is missing and runs a MoE layer across processes; ARGS="--model ... --ranks ..."
-# make test     C++ tests (plain, ThreadSanitizer, AddressSanitizer + UBSan), then pytest; PYTEST_ARGS="-k ..."
+# make test     C++ tests (plain, ThreadSanitizer, AddressSanitizer + UBSan), CUDA, then pytest; PYTEST_ARGS="-k ..."
+# make cuda     compiles the CUDA sources for every architecture and checks the machine code; needs no GPU
 # make verify   the protocol's model, exhaustively (needs the model checker `spin`)
 # make build    the extension alone           make bench   the C++ benches, into build/cpp-plain/
 # make clean    removes what was built, keeps the virtual environment
@@ -14,7 +15,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 # Each step uses all cores by itself, and the tests measure time.
 .NOTPARALLEL:
-.PHONY: run test test-cpp test-python verify build bench clean
+.PHONY: run test test-cpp test-python cuda verify build bench clean
 
 STARTED := $(shell date +%s)
 section = @printf '\n== %3d s  %s\n' $$(($$(date +%s) - $(STARTED))) '$(1)'
@@ -27,7 +28,7 @@ BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/*.cmake)
 run: build
 	$(BIN)/flashmoe run $(ARGS)
 
-test: test-cpp test-python
+test: test-cpp cuda test-python
 
 build: $(VENV)/.flashmoe
 
@@ -39,6 +40,10 @@ $(VENV)/.requirements: requirements.txt
 	touch $@
 
 $(VENV)/.requirements-test: requirements-test.txt $(VENV)/.requirements
+	$(PIP_INSTALL) -r $<
+	touch $@
+
+$(VENV)/.requirements-cuda: requirements-cuda.txt $(VENV)/.requirements
 	$(PIP_INSTALL) -r $<
 	touch $@
 
@@ -66,6 +71,10 @@ test-cpp-%: $(VENV)/.requirements
 test-python: build $(VENV)/.requirements-test
 	$(call section,Python tests)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+cuda: $(VENV)/.requirements-cuda
+	$(call section,CUDA: machine code)
+	$(BIN)/python tools/check_cuda.py
 
 bench: $(VENV)/.requirements
 	$(call configure_cpp,plain)

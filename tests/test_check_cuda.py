@@ -1,0 +1,45 @@
+"""The gate on CUDA machine code: what it must refuse, on texts as ptxas and the disassembler write them."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+spec = importlib.util.spec_from_file_location("check_cuda", Path(__file__).parent.parent / "tools" / "check_cuda.py")
+check_cuda = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(check_cuda)
+
+NOTES = """ptxas info    : Compiling entry function 'sm90_moe' for 'sm_90a'
+ptxas info    : Function properties for sm90_moe
+    0 bytes stack frame, {spills} bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 168 registers, used 2 barriers, 16 bytes smem
+"""
+GOOD = ["USETMAXREG.DEALLOC.CTAPOOL 0x28", "UTMALDG.2D [UR8], [UR4]", "WARPGROUP.ARRIVE"] + ["HGMMA.64x256x16.F32.BF16"] * 4
+
+
+def problems_of(opcodes, spills=0):
+    kernels = check_cuda.read_ptxas(NOTES.format(spills=spills))
+    lines = [f"        /*{16 * place:04x}*/                   {opcode} ;" for place, opcode in enumerate(opcodes)]
+    check_cuda.read_sass("\n".join(["\t\tFunction : sm90_moe", *lines]), kernels)
+    assert kernels["sm90_moe"].registers == 168
+    return kernels["sm90_moe"].problems()
+
+
+def test_a_pipelined_kernel_passes():
+    assert problems_of(GOOD) == []
+    assert problems_of([*GOOD, "CALL.REL.NOINC 0x40"]) == []  # after the products
+
+
+@pytest.mark.parametrize(
+    ("opcodes", "spills", "problem"),
+    [
+        (GOOD, 8, "8 bytes spilled"),
+        (GOOD[1:], 0, "no USETMAXREG"),
+        (GOOD[:1] + GOOD[2:], 0, "no UTMALDG"),
+        (GOOD[:3], 0, "no HGMMA"),
+        ([*GOOD, "CALL.REL.NOINC 0x40", GOOD[-1]], 0, "a CALL among the products"),
+        (GOOD[:2] + ["WARPGROUP.ARRIVE", GOOD[-1]] * 4, 0, "4 groups for 4 products: serialised"),
+    ],
+)
+def test_a_kernel_that_lost_its_speed_is_refused(opcodes, spills, problem):
+    assert problems_of(opcodes, spills) == [problem]
