@@ -18,8 +18,8 @@ ROLES = ("dispatcher", "subscriber", "scheduler", "processor")
 PROTOCOL_LEVELS = {"config": 0, "group": 0, "platform": 0, "packet": 1, "task": 1, "signal": 1, "heap_layout": 1, "work": 1}
 PROTOCOL_LEVELS |= {"agent": 4, "crew": 4, "moe_kernel": 5}
 PROTOCOL_LEVELS |= dict.fromkeys(ROLES, 3)
-PLATFORMS = {"platform/host.h", "platform/simt.h", "platform/cuda.cuh", "platform/nvshmem.cuh"}
-ENGINES = {"engine/cpu.h", "engine/sm80.cuh", "engine/sm90.cuh"}
+PLATFORMS = {"platform/host.h", "platform/cuda.h", "platform/nvshmem.cuh"}
+ENGINES = {"engine/cpu.h", "engine/exact.h", "engine/sm80.h", "engine/sm90.h"}
 # The contract that the roles are written against; every engine fulfils it.
 ENGINE_CONCEPT = "engine/tile_engine.h"
 NVSHMEM_FILES = {"csrc/platform/nvshmem.cuh", "csrc/runtime/moe_cuda.cu"}
@@ -233,7 +233,7 @@ PLANTED = {
     ),
     nvshmem_in_its_room: (
         [
-            {"csrc/platform/cuda.cuh": "nvshmem_ptr(p, pe);"},
+            {"csrc/platform/cuda.h": "nvshmem_ptr(p, pe);"},
             {"csrc/runtime/moe.h": "#include <nvshmem.h>"},
             {"csrc/runtime/moe_host.cpp": '#include "platform/nvshmem.cuh"'},
         ],

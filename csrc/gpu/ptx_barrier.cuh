@@ -28,17 +28,26 @@ FLASHMOE_DEVICE void Barrier::cp_async_arrive() {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(&word_)) : "memory");
 }
 
-FLASHMOE_DEVICE bool Barrier::try_wait(uint32_t parity) {
+FLASHMOE_DEVICE bool Barrier::has_ended(uint32_t parity) {
   uint32_t ended;
-#if __CUDA_ARCH__ >= 900
-  asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-#else
   asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-#endif
                : "=r"(ended)
                : "r"(shared_address(&word_)), "r"(parity)
                : "memory");
   return ended;
+}
+
+FLASHMOE_DEVICE bool Barrier::try_wait(uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t ended;
+  asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+               : "=r"(ended)
+               : "r"(shared_address(&word_)), "r"(parity)
+               : "memory");
+  return ended;
+#else
+  return has_ended(parity);
+#endif
 }
 
 FLASHMOE_DEVICE void Barrier::wait(uint32_t parity) {

@@ -144,13 +144,14 @@ FLASHMOE_DEVICE void Barrier::arrive_expect_tx(uint32_t bytes) {
   state->arrive();
 }
 
-FLASHMOE_DEVICE bool Barrier::try_wait(uint32_t parity) {
+FLASHMOE_DEVICE bool Barrier::has_ended(uint32_t parity) {
   simt::machine->poll();
-  const auto state = simt::barrier_at(this, "Barrier::try_wait");
+  const auto state = simt::barrier_at(this, "Barrier::has_ended");
   if (!state->ended(parity)) return false;
   simt::acquire(state->published);
   return true;
 }
+FLASHMOE_DEVICE bool Barrier::try_wait(uint32_t parity) { return has_ended(parity); }
 
 FLASHMOE_DEVICE void Barrier::wait(uint32_t parity) {
   simt::machine->step();

@@ -73,6 +73,7 @@ class alignas(8) Barrier {
   // generic proxy: whoever feeds them to wgmma needs fence_async_shared first.
   FLASHMOE_DEVICE void cp_async_arrive();
   FLASHMOE_DEVICE bool try_wait(uint32_t parity);  // may also give up after a while
+  FLASHMOE_DEVICE bool has_ended(uint32_t parity);  // as wait, for one who has other things to do: returns at once
   FLASHMOE_DEVICE void wait(uint32_t parity);
 
  private:

@@ -100,6 +100,7 @@ FLASHMOE_ROLE void plan_packet_slots(const Lanes& lanes, const Call& call, Works
     if (row < end) ws.row_slot[row] = uint32_t(token_slot[token]);
   }
   if (lanes.rank() == 0) ws.num_slots[d] = slots;
+  lanes.sync();  // the next destination clears the scratch
 }
 
 // After plan_segments. Rows of my own experts are read where they lie, in x.

@@ -32,7 +32,7 @@ std::vector<KernelOutcome> run_kernels(const CallOfAll& of_all, const Deadlines&
   std::vector<KernelOutcome> outcomes(ep_size);
   on_threads(ep_size, [&](int rank) {
     if (enter && !enter(rank)) return;
-    RankCall rc(of_all, rank, ep_size, 1, layout, platforms[rank]->staged());
+    RankCall rc(of_all, rank, ep_size, 1, layout, Machine{.staged = platforms[rank]->staged()});
     const TinyEngine engine;
     const uint64_t begin = HostPlatform::now_ns();
     const Context<P> context{rc.call, layout, *rc.workspace, *platforms[rank]};

@@ -13,8 +13,7 @@ namespace flashmoe::test {
 
 class RankCall {
  public:
-  // `ring_blocks`: 0 for as many as the host has.
-  RankCall(const CallOfAll& of_all, int rank, int ep_size, uint64_t epoch, const HeapLayout& layout, bool staged, uint32_t ring_blocks = 0)
+  RankCall(const CallOfAll& of_all, int rank, int ep_size, uint64_t epoch, const HeapLayout& layout, const Machine& machine)
       : shape(*of_all.layer), args_(of_all, rank, ep_size) {
     const ForwardArgs& a = args_.args;
     const ExpertMap owner = of_all.map ? *of_all.map : equal_blocks(a.num_experts, ep_size);
@@ -28,15 +27,15 @@ class RankCall {
     for (int64_t id : args_.tokens.ids) ids_.push_back(id == a.num_experts ? -1 : int32_t(id));
 
     call.ep_size = ep_size, call.ep_rank = rank, call.epoch = epoch;
-    call.tag = {a.layer, a.hidden_size, a.intermediate_size, a.num_experts, 0, 0, 0, a.gated, uint8_t(shape.bias)};
+    call.tag = {a.layer, a.hidden_size, a.intermediate_size, a.num_experts, 0, uint8_t(a.dtype), uint8_t(a.activation), a.gated, uint8_t(shape.bias)};
     call.num_tokens = a.num_tokens, call.top_k = a.top_k, call.num_experts = a.num_experts;
-    call.hidden_size = a.hidden_size, call.intermediate_size = a.intermediate_size, call.gated = a.gated;
+    call.hidden_size = a.hidden_size, call.intermediate_size = a.intermediate_size;
+    call.dtype = a.dtype, call.activation = a.activation, call.gated = a.gated;
     call.expert_position = position_.data(), call.rank_begin = rank_begin_.data();
     call.x = bytes(a.x), call.y = static_cast<std::byte*>(a.y), call.topk_ids = ids_.data(), call.topk_weights = a.topk_weights;
     call.gate_up_proj = bytes(a.gate_up_proj), call.gate_up_bias = bytes(a.gate_up_bias);
     call.down_proj = bytes(a.down_proj), call.down_bias = bytes(a.down_bias);
 
-    const Machine machine{.staged = staged, .max_ring_blocks = ring_blocks ? ring_blocks : Machine{}.max_ring_blocks};
     const Workspace size(call, layout, machine, nullptr);
     // Not zeroed: nothing may be read that this call has not written. Small numbers, as counts and indices are.
     memory_.resize(size.bytes / sizeof(Line) + 1);
@@ -47,7 +46,7 @@ class RankCall {
     workspace->reset(Alone{}, call, HostPlatform::now_ns());
   }
 
-  std::vector<float> y() const { return decode(args_.y, DType::kFloat32); }
+  std::vector<float> y() const { return decode(args_.y, shape.dtype); }
   const Tokens& tokens() const { return args_.tokens; }
 
   const LayerShape shape;

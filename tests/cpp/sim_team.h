@@ -16,7 +16,7 @@ struct SimOptions {
   bool remote_only = true;
   Fault fault = Fault::kNone;
   uint64_t last_epoch = 0;
-  uint32_t ring_blocks = 0;  // 0: as many as the workspace has room for
+  uint32_t ring_blocks = Machine{}.max_ring_blocks;
   int ahead = 0;             // pieces of work that an agent decides on while its crew has one in hand
   int straggler = -1;        // a rank that moves a hundred times less often
 };
@@ -31,7 +31,8 @@ class SimRank {
 
   void begin(const CallOfAll& call) {
     platform.epoch = epoch_ = next_epoch(epoch_);
-    rank_call_ = std::make_unique<RankCall>(call, rank_, options_.ep_size, epoch_, layout_, platform.staged(), options_.ring_blocks);
+    const Machine machine{.staged = platform.staged(), .max_ring_blocks = options_.ring_blocks};
+    rank_call_ = std::make_unique<RankCall>(call, rank_, options_.ep_size, epoch_, layout_, machine);
     workers_.clear();
     const Context<SimPlatform> context{rank_call_->call, layout_, *rank_call_->workspace, platform};
     for (int w = 0; w < options_.num_workers; ++w) workers_.push_back(std::make_unique<Worker>(context, engine_, rank_call_->shape));

@@ -1,0 +1,68 @@
+// Elements of the three dtypes as fp32, singly and 16 bytes at a time, and the activations in fp32: for exact.h.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "gpu/verbs.h"
+
+namespace flashmoe {
+
+template <DType dtype>
+inline constexpr int kPerPiece = 16 / dtype_bytes(dtype);
+
+// Rows may have been written by a peer, or by this kernel.
+template <DType dtype>
+FLASHMOE_DEVICE void load_piece(const std::byte* from, float (&value)[kPerPiece<dtype>]) {
+  const gpu::Words4 words = gpu::load_coherent(reinterpret_cast<const gpu::Words4*>(from));
+  FLASHMOE_UNROLL
+  for (int w = 0; w < 4; ++w) {
+    if constexpr (dtype == DType::kFloat32) {
+      memcpy(&value[w], &words.word[w], 4);
+    } else {
+      const gpu::FloatPair pair = gpu::unpack_pair<dtype>(words.word[w]);
+      value[2 * w] = pair.first, value[2 * w + 1] = pair.second;
+    }
+  }
+}
+
+template <DType dtype>
+FLASHMOE_DEVICE void store_piece(std::byte* to, const float (&value)[kPerPiece<dtype>]) {
+  gpu::Words4 words;
+  FLASHMOE_UNROLL
+  for (int w = 0; w < 4; ++w) {
+    if constexpr (dtype == DType::kFloat32)
+      memcpy(&words.word[w], &value[w], 4);
+    else
+      words.word[w] = gpu::pack_pair<dtype>(value[2 * w], value[2 * w + 1]);
+  }
+  *reinterpret_cast<gpu::Words4*>(to) = words;
+}
+
+template <DType dtype>
+FLASHMOE_DEVICE float load_element(const std::byte* from, int index) {
+  if constexpr (dtype == DType::kFloat32)
+    return reinterpret_cast<const float*>(from)[index];
+  else
+    return gpu::unpack_pair<dtype>(reinterpret_cast<const uint16_t*>(from)[index]).first;
+}
+
+template <DType dtype>
+FLASHMOE_DEVICE void store_element(std::byte* to, int index, float value) {
+  if constexpr (dtype == DType::kFloat32)
+    reinterpret_cast<float*>(to)[index] = value;
+  else
+    reinterpret_cast<uint16_t*>(to)[index] = uint16_t(gpu::pack_pair<dtype>(value, 0.0f));
+}
+
+// At minus infinity silu and both gelus are their limit, 0. NaN stays NaN.
+FLASHMOE_DEVICE float activate(Activation activation, float x) {
+  if (activation == Activation::kRelu) return x < 0.0f ? 0.0f : x;
+  if (x == -INFINITY) return 0.0f;
+  if (activation == Activation::kSilu) return x / (1.0f + expf(-x));
+  if (activation == Activation::kGelu) return 0.5f * x * erfcf(-0.707106781f * x);
+  // x / (1 + e^-2u), u = √(2/π) (x + 0.044715 x³): as 0.5 x (1 + tanh u), without cancellation in the tail.
+  return x / (1.0f + expf(-x * (1.59576912f + 0.0713548163f * (x * x))));
+}
+
+}  // namespace flashmoe

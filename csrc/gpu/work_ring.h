@@ -1,0 +1,50 @@
+// How a block's agent hands work to its crew: a ring in shared memory. Every warp of the crew sees every piece of
+// work, in order; the agent may be kDepth pieces ahead of the slowest of them, and no more, since what one block has
+// taken no other block will do.
+//
+// What the agent acquired, of this GPU or of another, the crew may read: its arrival at `full` passes that on.
+#pragma once
+
+#include "gpu/thread_groups.h"
+#include "protocol/work.h"
+
+namespace flashmoe::gpu {
+
+class WorkRing {
+ public:
+  static constexpr uint32_t kDepth = 2;
+
+  // By one thread; then sync_block.
+  FLASHMOE_DEVICE void init(int crew_warps) {
+    for (uint32_t i = 0; i < kDepth; ++i) full_[i].init(1), empty_[i].init(uint32_t(crew_warps));
+    fence_barrier_init();
+  }
+
+  // By the agent's warp: the n-th piece of work, unless the crew is too far behind.
+  FLASHMOE_DEVICE bool post(uint32_t n, const Work& work) {
+    const uint32_t slot = n % kDepth;
+    bool posted = false;
+    if (lane() == 0 && empty_[slot].has_ended(n / kDepth % 2 ^ 1)) {
+      work_[slot] = work;
+      full_[slot].arrive();
+      posted = true;
+    }
+    return Warp::broadcast(uint32_t(posted));
+  }
+
+  // By each of the crew's warps.
+  FLASHMOE_DEVICE Work take(uint32_t n) {
+    const uint32_t slot = n % kDepth;
+    full_[slot].wait(n / kDepth % 2);
+    const Work work = work_[slot];
+    sync_warp();
+    if (lane() == 0) empty_[slot].arrive();
+    return work;
+  }
+
+ private:
+  Barrier full_[kDepth], empty_[kDepth];
+  Work work_[kDepth];
+};
+
+}  // namespace flashmoe::gpu

@@ -1,0 +1,128 @@
+// One worker of a rank on a GPU: a block. Its last warp is the agent, who decides; its other warps are the crew, who
+// perform. The agent runs ahead, so that what it decides never holds up what they do.
+//
+// Every wait ends: the agent's, because a failure or the end of the call ends its loop; the crew's, because the agent
+// then posts kStop.
+#pragma once
+
+#include <cstring>
+
+#include "gpu/rank_state.h"
+#include "gpu/work_ring.h"
+
+namespace flashmoe::gpu {
+
+// What an engine must offer here: tiles by the whole crew, whose threads find their rows by tile.h.
+//   kCrewWarps, Shared, up_cols(gated), down_cols(gated)
+//   up_tile, down_tile(group, context, tiles, work, shared), combine(group, context, work)
+// All threads have read the shared memory of one tile before any of them writes that of the next.
+template <class P, class E, class CrewGroup = Crew<E::kCrewWarps>>
+class Worker {
+ public:
+  static constexpr int kThreads = 32 * (E::kCrewWarps + 1);
+  static constexpr uint32_t kLookEveryRounds = 16;  // idle ones: a round is long beside a look
+
+  struct Shared {
+    WorkRing ring;
+    alignas(16) std::byte rank[round_up(sizeof(RankState), 16)];
+    typename E::Shared engine;
+  };
+
+  // The whole call, by every thread of every block. Blocks are dealt to the ranks of this GPU in equal stretches.
+  FLASHMOE_DEVICE static void run(RankState* ranks, int num_ranks, std::byte* shared_bytes) {
+    const int blocks = num_blocks() / num_ranks;
+    Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+    // Of the rank's state a copy lies near: it does not change during the call.
+    RankState& home = ranks[block() / blocks];
+    for (size_t i = 4 * thread_in_block(); i < sizeof(RankState); i += 4 * block_threads())
+      memcpy(shared.rank + i, reinterpret_cast<const std::byte*>(&home) + i, 4);
+    if (thread_in_block() == 0) shared.ring.init(E::kCrewWarps);
+    sync_block();
+    RankState& rank = *reinterpret_cast<RankState*>(shared.rank);
+    P platform(rank.call.ep_rank, rank.heaps);
+    const Context<P> context{rank.call, rank.layout, rank.workspace, platform};
+    Worker worker(context, shared, block() % blocks, blocks);
+    if (warp_in_block() == E::kCrewWarps)
+      worker.decide(home);
+    else
+      worker.perform();
+  }
+
+ private:
+  FLASHMOE_DEVICE Worker(const Context<P>& context, Shared& shared, int block_of_rank, int blocks)
+      : c_(context), shared_(shared), tiles_(context.call.intermediate_size, context.call.hidden_size,
+                                             E::up_cols(context.call.gated), E::down_cols(context.call.gated)),
+        block_of_rank_(block_of_rank), blocks_(blocks) {}
+
+  // The agent's warp.
+  FLASHMOE_DEVICE void decide(RankState& home) {
+    const Warp lanes;
+    Agent<P> agent(c_, tiles_, home.deadlines);
+    // Any worker could play the subscriber and the scheduler; one of each is enough, and spares the others' polling.
+    const bool subscribes = block_of_rank_ == 0, schedules = block_of_rank_ == blocks_ - 1;
+    Work work;
+    uint32_t posted = 0, idle_rounds = 0;
+    while (!lanes.broadcast(uint32_t(lanes.rank() == 0 && agent.failed()))) {
+      bool progress = subscribes && agent.subscriber.step(lanes);
+      progress |= schedules && agent.scheduler.step(lanes);
+      const bool decided =
+          work.kind != WorkKind::kNone || agent.dispatcher.next(lanes, work) || agent.processor.next(lanes, work);
+      if (decided && shared_.ring.post(posted, work)) work = {}, ++posted, progress = true;
+      if (progress) {
+        idle_rounds = 0;
+        if (lanes.rank() == 0) agent.note_progress();
+        continue;
+      }
+      if (!decided && agent.done(lanes)) break;
+      P::pause(++idle_rounds);
+      if (subscribes && idle_rounds % kLookEveryRounds == 0) agent.look_for_trouble(lanes);
+    }
+    while (!shared_.ring.post(posted, {WorkKind::kStop, 0, 0})) {
+    }
+    if (block_of_rank_ == 0 && lanes.rank() == 0 && agent.failed()) keep_failure(home);
+  }
+
+  FLASHMOE_DEVICE void keep_failure(RankState& home) {
+    if (home.failure.failure) return;  // it failed earlier, and everyone has been told
+    abort_peers(c_);
+    home.failure = *c_.ws.status;
+    if (!home.report_failure) return;
+    *home.report_failure = home.failure;
+    store_release_system(&home.report_failure->claimed, 2u);  // all of it is there
+  }
+
+  // The crew's warps.
+  FLASHMOE_DEVICE void perform() {
+    const CrewGroup group;
+    Dispatcher<P> dispatcher(c_);
+    Processor<P> processor(c_, tiles_);
+    for (uint32_t n = 0;; ++n) {
+      const Work work = shared_.ring.take(n);
+      switch (work.kind) {
+        case WorkKind::kStop: return give_up_y(group);
+        case WorkKind::kPlan:
+        case WorkKind::kSendChunk: dispatcher.perform(group, work); continue;
+        case WorkKind::kUpTile: E::up_tile(group, c_, tiles_, work, shared_.engine); break;
+        case WorkKind::kDownTile: E::down_tile(group, c_, tiles_, work, shared_.engine); break;
+        default: E::combine(group, c_, work);
+      }
+      processor.finish(group, work);
+    }
+  }
+
+  // Nobody shall take what a failed call left in y for its result: each block overwrites its share with NaN.
+  FLASHMOE_DEVICE void give_up_y(const CrewGroup& group) {
+    if (!P::load_acquire(&c_.ws.status->failure)) return;
+    uint32_t* y = reinterpret_cast<uint32_t*>(c_.call.y);
+    const size_t words = c_.call.num_tokens * c_.call.row_bytes() / 4;
+    for (size_t i = size_t(block_of_rank_) * group.size() + group.rank(); i < words; i += size_t(blocks_) * group.size())
+      y[i] = ~0u;
+  }
+
+  Context<P> c_;
+  Shared& shared_;
+  TileShape tiles_;
+  int block_of_rank_, blocks_;
+};
+
+}  // namespace flashmoe::gpu

@@ -1,0 +1,66 @@
+// The GPU platform: a worker is a block, and every peer's heap is mapped here, be it on this GPU or, by NVLink or
+// PCIe, on another. Written with the GPU's verbs, so it runs on fibers too.
+//
+// Words that peers write are read and written at system scope; a rank's own counters at the scope of its GPU.
+#pragma once
+
+#include "gpu/verbs.h"
+#include "protocol/platform.h"
+
+namespace flashmoe {
+
+class CudaPlatform {
+ public:
+  // heaps[pe] is where pe's symmetric heap is mapped here.
+  FLASHMOE_DEVICE CudaPlatform(int ep_rank, std::byte* const* heaps) : ep_rank_(ep_rank), heaps_(heaps) {}
+
+  template <class T>
+  FLASHMOE_DEVICE static T load_acquire(const T* word) {
+    return gpu::load_acquire(word);
+  }
+  FLASHMOE_DEVICE static void store_release(uint32_t* word, uint32_t value) { gpu::store_release(word, value); }
+  FLASHMOE_DEVICE static void store_release(uint64_t* word, uint64_t value) { gpu::store_release(word, value); }
+  FLASHMOE_DEVICE static uint32_t fetch_add(uint32_t* word, uint32_t n) { return gpu::fetch_add(word, n); }
+  FLASHMOE_DEVICE static uint32_t fetch_sub(uint32_t* word, uint32_t n) { return gpu::fetch_sub(word, n); }
+  FLASHMOE_DEVICE static bool compare_exchange(uint32_t* word, uint32_t expected, uint32_t desired) {
+    return gpu::compare_exchange(word, expected, desired);
+  }
+
+  // In pieces of 16 bytes where both ends allow it, else of 4.
+  template <class Group>
+  FLASHMOE_DEVICE static void copy(const Group& group, void* to, const void* from, size_t bytes) {
+    const bool aligned = (reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 16 == 0;
+    aligned ? copy_as<gpu::Words4>(group, to, from, bytes) : copy_as<uint32_t>(group, to, from, bytes);
+  }
+
+  FLASHMOE_DEVICE std::byte* heap() const { return heaps_[ep_rank_]; }
+  FLASHMOE_DEVICE std::byte* window(int pe, size_t offset, std::byte*) const { return heaps_[pe] + offset; }
+
+  FLASHMOE_DEVICE void commit(int pe, size_t, const std::byte*, size_t, size_t signal, uint64_t word, Traffic) {
+    // Pairs with the acquire of the reader's test_signal.
+    gpu::store_release_system(reinterpret_cast<uint64_t*>(heaps_[pe] + signal), word);
+  }
+  FLASHMOE_DEVICE uint64_t test_signal(size_t offset) const {
+    return gpu::load_acquire_system(reinterpret_cast<const uint64_t*>(heap() + offset));
+  }
+  FLASHMOE_DEVICE bool quiet() { return true; }
+  FLASHMOE_DEVICE void release_when_landed(uint32_t* word, uint32_t value) { store_release(word, value); }
+  FLASHMOE_DEVICE bool peer_alive(int) { return true; }  // a GPU cannot tell; the deadline will
+
+  FLASHMOE_DEVICE static uint64_t now_ns() { return gpu::now_ns(); }
+  FLASHMOE_DEVICE static void pause(uint32_t rounds) { gpu::sleep_ns(rounds < 64 ? 20 : 200); }
+
+ private:
+  template <class Piece, class Group>
+  FLASHMOE_DEVICE static void copy_as(const Group& group, void* to, const void* from, size_t bytes) {
+    for (size_t i = group.rank(); i < bytes / sizeof(Piece); i += group.size())
+      static_cast<Piece*>(to)[i] = static_cast<const Piece*>(from)[i];
+  }
+
+  int ep_rank_;
+  std::byte* const* heaps_;
+};
+
+static_assert(Platform<CudaPlatform>);
+
+}  // namespace flashmoe

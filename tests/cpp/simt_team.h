@@ -1,0 +1,152 @@
+// The GPU's kernel on fibers: W virtual ranks as one grid, call after call, in the order of a seed.
+#pragma once
+
+#include "engine/exact.h"
+#include "gpu/simt.h"
+#include "gpu/worker.h"
+#include "platform/cuda.h"
+#include "rank_call.h"
+
+namespace flashmoe::test {
+
+struct SimtOptions {
+  int ep_size = 2, blocks_per_rank = 1;
+  uint32_t ring_blocks = 4;
+  Deadlines deadlines{300'000'000, 600'000'000};
+  uint64_t last_epoch = 0;
+};
+
+struct SimtOutcome {
+  std::string misuse;                                // what the machine threw, if it did
+  std::vector<std::vector<std::vector<float>>> y;    // [call][rank]
+  std::vector<Status> status;                        // by rank, of the call that failed
+  bool ok() const {
+    for (const Status& s : status)
+      if (s.failure) return false;
+    return misuse.empty();
+  }
+};
+
+template <class P, class E, class Group>
+class SimtTeam {
+ public:
+  using Kernel = gpu::Worker<P, E, Group>;
+
+  SimtTeam(const Program& program, const SimtOptions& options)
+      : options_(options), layout_(limits_of(program, options.ep_size)),
+        heaps_(options.ep_size, std::vector<uint64_t>(layout_.bytes / 8 + 1)) {
+    for (auto& heap : heaps_) addresses_.push_back(reinterpret_cast<std::byte*>(heap.data()));
+    const Machine machine{.max_ring_blocks = options.ring_blocks, .plan_warps = E::kCrewWarps};
+    for (const CallOfAll& call : program) {
+      calls_.emplace_back();
+      for (int r = 0; r < options.ep_size; ++r)
+        calls_.back().push_back(std::make_unique<RankCall>(call, r, options.ep_size, 0, layout_, machine));
+    }
+    for (int r = 0; r < options.ep_size; ++r)
+      ranks_.push_back({{}, layout_, *calls_[0][r]->workspace, addresses_.data(), options.deadlines, options.last_epoch, {}, nullptr});
+  }
+
+  // As the product does it: a grid for each call.
+  SimtOutcome run(uint64_t seed) {
+    return outcome([&] {
+      for (size_t c = 0; c < calls_.size(); ++c) {
+        gpu::simt::launch(options_.ep_size, 64, 0, seed + c, [&] { begin(gpu::block(), c); });
+        gpu::simt::launch(grid(), Kernel::kThreads, sizeof(typename Kernel::Shared), seed + c,
+                          [&] { Kernel::run(ranks_.data(), options_.ep_size, gpu::shared_memory()); });
+      }
+    });
+  }
+
+  // All calls in one grid, so that a rank goes on to its next call while others are still in theirs.
+  SimtOutcome run_back_to_back(uint64_t seed) {
+    arrived_.assign(options_.ep_size, 0);
+    return outcome([&] {
+      gpu::simt::launch(grid(), Kernel::kThreads, calls_.size() * shared_stride(), seed, [&] {
+        const int rank = gpu::block() / options_.blocks_per_rank;
+        for (size_t c = 0; c < calls_.size(); ++c) {
+          if (gpu::block() % options_.blocks_per_rank == 0) begin(rank, c);
+          meet_own_rank(rank, uint32_t(2 * c + 1));
+          Kernel::run(ranks_.data(), options_.ep_size, gpu::shared_memory() + c * shared_stride());
+          meet_own_rank(rank, uint32_t(2 * c + 2));
+        }
+      });
+    });
+  }
+
+ private:
+  static size_t shared_stride() { return round_up(sizeof(typename Kernel::Shared), 1024); }
+  int grid() const { return options_.ep_size * options_.blocks_per_rank; }
+
+  void begin(int rank, size_t call) {
+    gpu::begin_call(gpu::WholeBlock{}, ranks_[rank], calls_[call][rank]->call, *calls_[call][rank]->workspace);
+  }
+  // The n-th meeting of a rank's blocks.
+  void meet_own_rank(int rank, uint32_t n) {
+    gpu::sync_block();
+    if (gpu::thread_in_block() == 0) {
+      gpu::fetch_add(&arrived_[rank], 1u);
+      while (gpu::load_acquire(&arrived_[rank]) < n * options_.blocks_per_rank) gpu::sleep_ns(20);
+    }
+    gpu::sync_block();
+  }
+
+  SimtOutcome outcome(const std::function<void()>& run) {
+    SimtOutcome o;
+    try {
+      run();
+    } catch (const gpu::simt::Misuse& misuse) {
+      o.misuse = misuse.what();
+    }
+    for (auto& call : calls_) {
+      o.y.emplace_back();
+      for (auto& rank : call) o.y.back().push_back(rank->y());
+    }
+    for (const gpu::RankState& rank : ranks_) o.status.push_back(rank.failure);
+    return o;
+  }
+
+  const SimtOptions options_;
+  HeapLayout layout_;
+  std::vector<std::vector<uint64_t>> heaps_;
+  std::vector<std::byte*> addresses_;
+  std::vector<std::vector<std::unique_ptr<RankCall>>> calls_;  // [call][rank]
+  std::vector<gpu::RankState> ranks_;
+  std::vector<uint32_t> arrived_;
+};
+
+inline constexpr int kSimtWarps = 2;  // of a crew here: few, since every one of their threads is a fiber
+
+template <DType dtype, class P = CudaPlatform, class Group = gpu::Crew<kSimtWarps>>
+using ExactTeam = SimtTeam<P, ExactEngine<dtype, kSimtWarps>, Group>;
+
+template <class P = CudaPlatform, class Group = gpu::Crew<kSimtWarps>>
+SimtOutcome run_simt(const Program& program, const SimtOptions& options, uint64_t seed, bool back_to_back = false) {
+  auto run = [&]<DType dtype>() {
+    ExactTeam<dtype, P, Group> team(program, options);
+    return back_to_back ? team.run_back_to_back(seed) : team.run(seed);
+  };
+  switch (program[0].layer->dtype) {
+    case DType::kBFloat16: return run.template operator()<DType::kBFloat16>();
+    case DType::kFloat16: return run.template operator()<DType::kFloat16>();
+    default: return run.template operator()<DType::kFloat32>();
+  }
+}
+
+// What is wrong with an outcome, or nothing.
+inline std::string trouble_of(const SimtOutcome& o, const Program& program) {
+  if (!o.misuse.empty()) return o.misuse;
+  for (size_t r = 0; r < o.status.size(); ++r)
+    if (o.status[r].failure)
+      return "rank " + std::to_string(r) + " failed: failure " + std::to_string(o.status[r].failure) + ", phase " +
+             std::to_string(o.status[r].phase) + ", peer " + std::to_string(o.status[r].peer);
+  for (size_t c = 0; c < program.size(); ++c)
+    for (size_t r = 0; r < program[c].tokens.size(); ++r) {
+      const Layer& l = *program[c].layer;
+      const double error = relative_error(o.y[c][r], reference_moe(l, program[c].tokens[r])) / tolerance(l.dtype);
+      if (!(error <= 1))
+        return "call " + std::to_string(c) + ", rank " + std::to_string(r) + ": error is " + std::to_string(error) + " times the tolerance";
+    }
+  return {};
+}
+
+}  // namespace flashmoe::test

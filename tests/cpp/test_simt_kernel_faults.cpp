@@ -1,0 +1,132 @@
+// The GPU's kernel with a fault in it: each must show, as the failure that names it or as what the tests of the sound
+// kernel would call wrong.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "simt_team.h"
+
+namespace {
+
+using namespace flashmoe;
+using namespace flashmoe::test;
+
+const Layer& tiny_layer() {
+  static const Layer layer({.hidden_size = 24, .intermediate_size = 40, .num_experts = 6, .top_k = 2}, 1);
+  return layer;
+}
+
+Program program_of(int ep_size, const std::vector<int>& num_tokens, uint64_t seed, Skew skew = Skew::kUniform) {
+  Program program;
+  for (int n : num_tokens) {
+    program.push_back({&tiny_layer(), {}, equal_blocks(6, ep_size)});
+    for (int r = 0; r < ep_size; ++r) program.back().tokens.push_back(draw_tokens(tiny_layer(), n, seed++, skew));
+  }
+  return program;
+}
+
+// Of these seeds at least one must end badly, and none where nothing is planted.
+template <class P, class Group = gpu::Crew<kSimtWarps>>
+void check_caught_on_seeds(const Program& program, const SimtOptions& options, int seeds, const std::string& plant, bool back_to_back = false) {
+  for (int seed = 0; seed < 3; ++seed) {
+    const std::string trouble = trouble_of(run_simt(program, options, seed, back_to_back), program);
+    check(trouble.empty(), "without a fault, seed " + std::to_string(seed) + ": " + trouble);
+  }
+  int seed = 0;
+  while (seed < seeds && trouble_of(run_simt<P, Group>(program, options, seed, back_to_back), program).empty()) ++seed;
+  check_caught(seed < seeds, plant);
+}
+
+// Rank `from` loses what it sends of one kind to rank 0.
+struct Lost {
+  static inline Traffic kind;
+  static inline int from;
+};
+struct LosingPlatform : CudaPlatform {
+  LosingPlatform(int ep_rank, std::byte* const* heaps) : CudaPlatform(ep_rank, heaps), rank(ep_rank) {}
+  int rank;
+  void commit(int pe, size_t offset, const std::byte* source, size_t bytes, size_t signal, uint64_t word, Traffic kind) {
+    if (kind == Lost::kind && rank == Lost::from && pe == 0) return;
+    CudaPlatform::commit(pe, offset, source, bytes, signal, word, kind);
+  }
+};
+
+void lost_signal() {
+  for (int ep_size : {2, 4})
+    for (auto [kind, phase] : {std::pair{Traffic::kHeader, Phase::kHeader}, {Traffic::kRows, Phase::kChunk}, {Traffic::kResults, Phase::kResults}})
+      for (int seed = 0; seed < 2; ++seed) {
+        Lost::kind = kind, Lost::from = ep_size - 1;
+        const Program program = program_of(ep_size, {20, 20}, 3);
+        const SimtOutcome o = run_simt<LosingPlatform>(program, {.ep_size = ep_size, .blocks_per_rank = 2}, seed);
+        const Status& s = o.status[0];
+        const std::string what = "seed " + std::to_string(seed) + ", phase " + std::to_string(int(phase)) + ": failure " +
+                                 std::to_string(s.failure) + " of phase " + std::to_string(s.phase) + ", peer " + std::to_string(s.peer);
+        check(o.misuse.empty(), what + "; " + o.misuse);
+        // Rank 0 finds out by itself, or hears it from one who waits for rank 0 for just that reason.
+        const bool own = Failure(s.failure) == Failure::kTimeout && Phase(s.phase) == phase && s.peer == ep_size - 1;
+        const bool heard = Failure(s.failure) == Failure::kPeerAborted && abort_origin(s.seen) != 0;
+        check(own || (heard && kind != Traffic::kResults), what);
+        if (own && kind == Traffic::kResults) check(s.expert >= 0 && s.expert < 6 / ep_size + 1, what + ": expert");
+        // Sticky: the second call fails as the first did; and nobody takes y for a result.
+        check(std::isnan(o.y[1][0][0]), what + ": y of the next call");
+      }
+}
+
+// Whoever counts one tile twice hands a row block on while a tile of it is still being computed.
+struct MiscountingPlatform : CudaPlatform {
+  using CudaPlatform::CudaPlatform;
+  static uint32_t fetch_sub(uint32_t* word, uint32_t n) {
+    const uint32_t before = CudaPlatform::fetch_sub(word, n);
+    return before == 2 ? 1 : before == 1 ? 2 : before;
+  }
+};
+
+void block_handed_on_early() {
+  check_caught_on_seeds<MiscountingPlatform>(program_of(2, {90}, 5, Skew::kOneExpert), {.blocks_per_rank = 3, .ring_blocks = 2}, 40,
+                                             "a row block handed on before its last tile");
+}
+
+// A source that takes the last call's replies for this one's goes on, and writes over what is still being read.
+struct StalePlatform : CudaPlatform {
+  StalePlatform(int ep_rank, std::byte* const* heaps) : CudaPlatform(ep_rank, heaps) {}
+  static inline const HeapLayout* layout;
+  static inline uint64_t epoch_of_all;
+  uint64_t test_signal(size_t offset) const {
+    const uint64_t word = CudaPlatform::test_signal(offset);
+    const bool reply = offset >= layout->result_signal && offset < layout->header;
+    return reply && word ? make_signal(epoch_of_all, signal_payload(word)) : word;
+  }
+};
+
+void early_reuse() {
+  // Epochs 1 and 2; of the second call every reply that was ever there counts.
+  const Program program = program_of(2, {40, 40}, 9);
+  const HeapLayout layout(limits_of(program, 2));
+  StalePlatform::layout = &layout, StalePlatform::epoch_of_all = 2;
+  SimtOptions options{.ep_size = 2};
+  check_caught_on_seeds<StalePlatform>(program, options, 20, "a source that does not wait for this epoch's replies", true);
+}
+
+// The crew's barrier does nothing.
+struct CrewThatDoesNotMeet : gpu::Crew<kSimtWarps> {
+  static void sync() {}
+};
+
+// In a process of its own, for it may follow addresses that nobody has written.
+void missing_barrier() {
+  const Program program = program_of(1, {20}, 11);
+  const int pid = fork();
+  if (pid == 0) _exit(trouble_of(run_simt<CudaPlatform, CrewThatDoesNotMeet>(program, {.ep_size = 1}, 1), program).empty() ? 0 : 1);
+  int status = 0;
+  check(pid > 0 && waitpid(pid, &status, 0) == pid, "a process for the fault");
+  check_caught(status != 0, "a crew whose barrier does nothing");
+}
+
+}  // namespace
+
+int main() {
+  run_test("LostSignal", lost_signal);
+  run_test("BlockHandedOnEarly", block_handed_on_early);
+  run_test("EarlyReuse", early_reuse);
+  run_test("MissingBarrier", missing_barrier);
+  return finish();
+}
