@@ -133,20 +133,36 @@ FLASHMOE_INLINE void with_dtype(DType dtype, const F& f) {
   }
 }
 
+// Calls f(first, num) for each pass over the rows of a tile, as equal as can be. The weights of the second pass come
+// from a cache.
+template <class F>
+FLASHMOE_INLINE void for_each_pass(int num_rows, const F& f) {
+  const int passes = (num_rows + cpu::kPassRows - 1) / cpu::kPassRows;
+  for (int pass = 0, first = 0; pass < passes; ++pass) {
+    const int num = (num_rows - first) / (passes - pass);
+    f(first, num);
+    first += num;
+  }
+}
+
 void up_tile_any(const CpuProblem& problem, const void* const* rows, int num_rows, const void* gate_up,
                  const void* gate_up_bias, int col_begin, int col_end, float* h, ptrdiff_t h_stride,
                  void* scratch) {
   with_dtype(problem.dtype, [&](auto element) {
-    up_tile<decltype(element)>(problem, rows, num_rows, gate_up, gate_up_bias, col_begin, col_end, h, h_stride,
-                               *static_cast<cpu::Scratch*>(scratch));
+    for_each_pass(num_rows, [&](int first, int num) {
+      up_tile<decltype(element)>(problem, rows + first, num, gate_up, gate_up_bias, col_begin, col_end,
+                                 h + first * h_stride, h_stride, *static_cast<cpu::Scratch*>(scratch));
+    });
   });
 }
 
 void down_tile_any(const CpuProblem& problem, const float* h, ptrdiff_t h_stride, int num_rows, const void* down,
                    const void* down_bias, int col_begin, int col_end, void* const* out_rows, void* scratch) {
   with_dtype(problem.dtype, [&](auto element) {
-    down_tile<decltype(element)>(problem, h, h_stride, num_rows, down, down_bias, col_begin, col_end, out_rows,
-                                 *static_cast<cpu::Scratch*>(scratch));
+    for_each_pass(num_rows, [&](int first, int num) {
+      down_tile<decltype(element)>(problem, h + first * h_stride, h_stride, num, down, down_bias, col_begin, col_end,
+                                   out_rows + first, *static_cast<cpu::Scratch*>(scratch));
+    });
   });
 }
 

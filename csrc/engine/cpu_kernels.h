@@ -19,6 +19,7 @@ struct CpuKernels {
 
 // Sizes that all instruction sets share, so that tiles and scratch follow from shapes alone.
 namespace cpu {
+inline constexpr int kPassRows = 64;      // rows that meet a tile's weights at one time; a higher tile takes two passes
 inline constexpr int kPanelRows = 4;      // weight rows that a register tile covers
 inline constexpr int kMaxKBlock = 1024;   // longest stretch of K that is summed in registers
 inline constexpr int kMaxTileRows = 256;  // weight rows of a tile: gate and up rows together
@@ -26,10 +27,10 @@ inline constexpr int kMaxLanes = 16;
 
 // One worker's memory during a tile. The rows of a K block stay in the L2 cache, the panel in the L1.
 struct Scratch {
-  alignas(64) float rows[CpuEngine::kBlockM * kMaxKBlock];  // rows of the tile, widened, in register tile order
+  alignas(64) float rows[kPassRows * kMaxKBlock];  // rows of the tile, widened, in register tile order
   alignas(64) float panel[kPanelRows * kMaxKBlock];         // a panel of weight rows, widened
   alignas(64) float panel_tail[kPanelRows * kMaxLanes];     // its last, partial vectors, filled up with zeros
-  alignas(64) float product[CpuEngine::kBlockM * kMaxTileRows];
+  alignas(64) float product[kPassRows * kMaxTileRows];
   alignas(64) float bias[kMaxTileRows];
 };
 }  // namespace cpu

@@ -238,7 +238,7 @@ void product(const Row& row, int num_rows, const WeightRows<T>& tile, cpu::Scrat
   // When the rows fit scratch over all of K, each weight row is read from end to end: DRAM likes that best.
   // Otherwise one K block of all panels, then the next. The order of each output's sum is the same.
   const int padded = round_up_to(k, kLanes);
-  if (ptrdiff_t(num_rows) * padded <= CpuEngine::kBlockM * cpu::kMaxKBlock) {
+  if (ptrdiff_t(num_rows) * padded <= cpu::kPassRows * cpu::kMaxKBlock) {
     for (int b = 0; b < blocks; ++b) pack_rows(row, groups, b * block, length(b), scratch.rows + num_rows * b * block);
     for (int p = 0; p < panels; ++p)
       for (int b = 0; b < blocks; ++b)

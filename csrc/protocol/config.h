@@ -29,7 +29,7 @@ FLASHMOE_HD constexpr size_t round_up(size_t n, size_t unit) { return (n + unit 
 
 // Rows of a row block: the unit in which an expert's canonical list is computed and returned. A constant of
 // the library, because the source of a token works out from it where the run boundaries of its results lie.
-inline constexpr int kBlockM = 64;
+inline constexpr int kBlockM = 128;
 // Slots per chunk: small enough that early experts start while late rows travel.
 inline constexpr int kChunkRows = 64;
 // Tokens per combine task.

@@ -25,7 +25,7 @@ struct Status {
 // What the machine that computes the call adds to its shapes.
 struct Machine {
   bool staged = false;            // some peers' memory is not mapped here
-  uint32_t max_ring_blocks = 32;  // between their up and down tiles at one time: bounds the memory under any skew
+  uint32_t max_ring_blocks = 16;  // between their up and down tiles at one time: bounds the memory under any skew
   int plan_warps = 1;             // of the group that plans
 };
 

@@ -33,8 +33,8 @@ Bytes expected(const CallOfAll& call, int rank, bool dedup = true) {
     uint64_t all = 0;
     for (int i = 0; i < ep_size; ++i) {
       const int s = (rank + i) % ep_size;
-      // A run ends where a row block of 64 does.
-      for (uint64_t r = all; s != rank && r < all + rows[s][e]; ++r) b.signals[s] += r == all || r % 64 == 0 ? 8 : 0;
+      // A run ends where a row block of 128 does.
+      for (uint64_t r = all; s != rank && r < all + rows[s][e]; ++r) b.signals[s] += r == all || r % 128 == 0 ? 8 : 0;
       if (s != rank) b.results[s] += rows[s][e] * row;
       all += rows[s][e];
     }

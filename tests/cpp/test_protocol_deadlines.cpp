@@ -93,7 +93,7 @@ void never_quiet() {
 // Every token needs the last expert of a slow peer, so nothing can be combined for longer than the deadline. But results
 // keep coming in: that is progress.
 void slow_peer_is_not_lost() {
-  CallOfAll call{&tiny_layer(), {draw_tokens(tiny_layer(), 640, 1), {}}, std::nullopt};
+  CallOfAll call{&tiny_layer(), {draw_tokens(tiny_layer(), 1280, 1), {}}, std::nullopt};
   for (size_t pair = 0; pair < call.tokens[0].ids.size(); ++pair) call.tokens[0].ids[pair] = pair % 2 ? 3 : 5;
   const auto o = run_kernels<FaultyHost>(call, kShort, [&](int rank, const std::vector<std::byte*>& heaps, const HeapLayout&) {
     auto platform = plain_host(rank, heaps);
