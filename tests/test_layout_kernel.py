@@ -3,29 +3,22 @@
 import pytest
 from test_layout import core, includes, read_sources
 
-# What makes a block of a GPU a worker; the rest of gpu/ is verbs and groups of threads, which know no call.
-GPU_WORKER = {"csrc/gpu/worker.h", "csrc/gpu/work_ring.h", "csrc/gpu/rank_state.h"}
-
 
 def agents_belong_to_workers(sources):
-    """Only the two kinds of workers include the agent, and only the runtime includes the GPU's worker."""
+    """Only the two kinds of workers include the agent; only the runtime includes the GPU's worker."""
     for path, text in core(sources).items():
         for name, _ in includes(text):
-            if name == "protocol/agent.h" and path not in {"csrc/protocol/moe_kernel.h"} | GPU_WORKER:
+            if name == "protocol/agent.h" and path != "csrc/protocol/moe_kernel.h" and not path.startswith("csrc/kernel/"):
                 yield f"{path} includes {name}"
-            if name == "gpu/worker.h" and not path.startswith("csrc/runtime/"):
+            if name.startswith("kernel/") and not path.startswith(("csrc/kernel/", "csrc/runtime/moe_")):
                 yield f"{path} includes {name}"
 
 
-def verbs_know_no_call(sources):
-    """Of the protocol the GPU's verbs know config.h, and its groups of threads group.h; neither knows who uses them."""
-    known = {"protocol/config.h", "protocol/group.h"}
+def workers_name_no_machine(sources):
+    """A worker takes its platform and its engine as parameters."""
     for path, text in core(sources).items():
-        if not path.startswith("csrc/gpu/") or path in GPU_WORKER:
-            continue
         for name, _ in includes(text):
-            other_gpu = name.startswith("gpu/") and "csrc/" + name not in GPU_WORKER
-            if name.startswith(("protocol/", "engine/", "platform/", "runtime/", "gpu/")) and name not in known and not other_gpu:
+            if path.startswith("csrc/kernel/") and name.startswith(("platform/", "engine/", "runtime/")):
                 yield f"{path} includes {name}"
 
 
@@ -34,18 +27,13 @@ PLANTED = {
     agents_belong_to_workers: (
         [
             {"csrc/runtime/moe_cuda.cu": '#include "protocol/agent.h"'},
-            {"csrc/engine/exact.h": '#include "gpu/worker.h"'},
+            {"csrc/engine/exact.h": '#include "kernel/worker.h"'},
         ],
-        {"csrc/gpu/worker.h": '#include "protocol/agent.h"', "csrc/runtime/moe_cuda.cu": '#include "gpu/worker.h"'},
+        {"csrc/kernel/worker.h": '#include "protocol/agent.h"', "csrc/runtime/moe_cuda.cu": '#include "kernel/worker.h"'},
     ),
-    verbs_know_no_call: (
-        [
-            {"csrc/gpu/verbs.h": '#include "protocol/task.h"'},
-            {"csrc/gpu/thread_groups.h": '#include "gpu/worker.h"'},
-            {"csrc/gpu/simt.h": '#include "platform/cuda.h"'},
-        ],
-        {"csrc/gpu/verbs.h": '#include "protocol/config.h"\n#include "gpu/ptx.cuh"',
-         "csrc/gpu/worker.h": '#include "gpu/work_ring.h"\n#include "protocol/agent.h"'},
+    workers_name_no_machine: (
+        [{"csrc/kernel/worker.h": '#include "platform/cuda.h"'}, {"csrc/kernel/worker.h": '#include "engine/exact.h"'}],
+        {"csrc/kernel/worker.h": '#include "gpu/verbs.h"', "csrc/runtime/moe_cuda.cu": '#include "engine/exact.h"'},
     ),
 }
 rules = pytest.mark.parametrize("rule", PLANTED, ids=lambda rule: rule.__name__)
@@ -71,4 +59,4 @@ def test_rule_passes_what_keeps_it(rule):
 
 
 def test_the_kernel_is_seen():
-    assert "csrc/gpu/worker.h" in core(read_sources())
+    assert "csrc/kernel/worker.h" in core(read_sources())

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "engine/exact_element.h"
-#include "gpu/thread_groups.h"
+#include "gpu/verbs.h"
 #include "protocol/tile.h"
 
 namespace flashmoe {

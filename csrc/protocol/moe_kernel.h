@@ -10,7 +10,7 @@
 // with a status that says who was waited for and for what.
 //
 // Here a worker is a host thread: agent and crew in one. On a GPU it is a block, whose agent is a warp that runs ahead
-// of its crew (gpu/worker.h).
+// of its crew (kernel/worker.h).
 #pragma once
 
 #include "protocol/agent.h"

@@ -3,7 +3,7 @@
 
 #include "engine/exact.h"
 #include "gpu/simt.h"
-#include "gpu/worker.h"
+#include "kernel/worker.h"
 #include "platform/cuda.h"
 #include "rank_call.h"
 

@@ -5,7 +5,7 @@
 // What the agent acquired, of this GPU or of another, the crew may read: its arrival at `full` passes that on.
 #pragma once
 
-#include "gpu/thread_groups.h"
+#include "kernel/thread_groups.h"
 #include "protocol/work.h"
 
 namespace flashmoe::gpu {

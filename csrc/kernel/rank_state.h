@@ -2,7 +2,7 @@
 // graph replays call after call without the host.
 #pragma once
 
-#include "gpu/thread_groups.h"
+#include "kernel/thread_groups.h"
 #include "protocol/agent.h"
 
 namespace flashmoe::gpu {

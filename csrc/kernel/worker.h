@@ -7,8 +7,8 @@
 
 #include <cstring>
 
-#include "gpu/rank_state.h"
-#include "gpu/work_ring.h"
+#include "kernel/rank_state.h"
+#include "kernel/work_ring.h"
 
 namespace flashmoe::gpu {
 
