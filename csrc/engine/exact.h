@@ -5,6 +5,8 @@
 // Tokens, weights, biases and results are of the call's dtype; rows of all of them must be multiples of 16 bytes.
 #pragma once
 
+#include <string>
+
 #include "engine/exact_element.h"
 #include "gpu/verbs.h"
 #include "protocol/tile.h"
@@ -14,7 +16,8 @@ namespace flashmoe {
 template <DType dtype, int kWarps = 8>
 class ExactEngine {
  public:
-  static constexpr int kCrewWarps = kWarps;
+  static constexpr int kCrewWarps = kWarps, kLoaderWarps = 0;
+  static constexpr int kHiddenBytes = 4;
   static constexpr int kCols = 64;  // weight rows of a tile
   static constexpr int kStep = 32;  // elements of K that are staged at a time
 
@@ -23,7 +26,11 @@ class ExactEngine {
     std::byte* result[kBlockM];
     float a[kStep][kBlockM + 1];  // transposed: the threads of a warp read along rows
     float b[kStep][kCols + 1];
+
+    FLASHMOE_DEVICE void init() {}
   };
+  struct Operands {};
+  static std::string make_operands(Operands*, const Call&) { return {}; }
 
   // A gated tile has as many gate rows as up rows of the weights, so that one thread holds both halves of an output.
   FLASHMOE_HD static constexpr int up_cols(bool gated) { return gated ? kCols / 2 : kCols; }

@@ -13,39 +13,54 @@
 namespace flashmoe::gpu {
 
 // What an engine must offer here: tiles by the whole crew, whose threads find their rows by tile.h.
-//   kCrewWarps, Shared, up_cols(gated), down_cols(gated)
+//   kCrewWarps, Shared with init(), Operands, up_cols(gated), down_cols(gated)
 //   up_tile, down_tile(group, context, tiles, work, shared), combine(group, context, work)
 // All threads have read the shared memory of one tile before any of them writes that of the next.
+//
+// It may have loaders, warps that see all the work and fetch for the crew, ahead of it: kLoaderWarps, and if any
+//   load(loader, context, tiles, work, shared, operands)
+//   crew_begins(), others_begin(), where registers may move: the loaders and the agent fill whole warpgroups
+// Each thread keeps an engine of its own for the whole call, to remember where it is in what they share.
 template <class P, class E, class CrewGroup = Crew<E::kCrewWarps>>
 class Worker {
  public:
-  static constexpr int kThreads = 32 * (E::kCrewWarps + 1);
+  static constexpr int kAgentWarp = E::kCrewWarps + E::kLoaderWarps;
+  static constexpr int kThreads = 32 * (kAgentWarp + 1);
   static constexpr uint32_t kLookEveryRounds = 16;  // idle ones: a round is long beside a look
+  using Operands = typename E::Operands;
 
   struct Shared {
+    typename E::Shared engine;
     WorkRing ring;
     alignas(16) std::byte rank[round_up(sizeof(RankState), 16)];
-    typename E::Shared engine;
   };
 
   // The whole call, by every thread of every block. Blocks are dealt to the ranks of this GPU in equal stretches.
-  FLASHMOE_DEVICE static void run(RankState* ranks, int num_ranks, std::byte* shared_bytes) {
+  FLASHMOE_DEVICE static void run(RankState* ranks, int num_ranks, std::byte* shared_bytes, const Operands* operands) {
     const int blocks = num_blocks() / num_ranks;
     Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
     // Of the rank's state a copy lies near: it does not change during the call.
     RankState& home = ranks[block() / blocks];
     for (size_t i = 4 * thread_in_block(); i < sizeof(RankState); i += 4 * block_threads())
       memcpy(shared.rank + i, reinterpret_cast<const std::byte*>(&home) + i, 4);
-    if (thread_in_block() == 0) shared.ring.init(E::kCrewWarps);
+    if (thread_in_block() == 0) {
+      shared.ring.init(kAgentWarp);
+      shared.engine.init();
+    }
     sync_block();
     RankState& rank = *reinterpret_cast<RankState*>(shared.rank);
     P platform(rank.call.ep_rank, rank.heaps);
     const Context<P> context{rank.call, rank.layout, rank.workspace, platform};
     Worker worker(context, shared, block() % blocks, blocks);
-    if (warp_in_block() == E::kCrewWarps)
-      worker.decide(home);
-    else
-      worker.perform();
+    if (warp_in_block() < E::kCrewWarps) {
+      if constexpr (E::kLoaderWarps > 0) E::crew_begins();
+      return worker.perform();
+    }
+    if constexpr (E::kLoaderWarps > 0) {
+      E::others_begin();
+      if (warp_in_block() < kAgentWarp) return worker.load(operands + block() / blocks);
+    }
+    worker.decide(home);
   }
 
  private:
@@ -91,9 +106,20 @@ class Worker {
     store_release_system(&home.report_failure->claimed, 2u);  // all of it is there
   }
 
+  // The loaders' warps.
+  FLASHMOE_DEVICE void load(const Operands* operands) {
+    E engine;
+    for (uint32_t n = 0;; ++n) {
+      const Work work = shared_.ring.take(n);
+      if (work.kind == WorkKind::kStop) return;
+      engine.load(warp_in_block() - E::kCrewWarps, c_, tiles_, work, shared_.engine, operands);
+    }
+  }
+
   // The crew's warps.
   FLASHMOE_DEVICE void perform() {
     const CrewGroup group;
+    E engine;
     Dispatcher<P> dispatcher(c_);
     Processor<P> processor(c_, tiles_);
     for (uint32_t n = 0;; ++n) {
@@ -102,9 +128,9 @@ class Worker {
         case WorkKind::kStop: return give_up_y(group);
         case WorkKind::kPlan:
         case WorkKind::kSendChunk: dispatcher.perform(group, work); continue;
-        case WorkKind::kUpTile: E::up_tile(group, c_, tiles_, work, shared_.engine); break;
-        case WorkKind::kDownTile: E::down_tile(group, c_, tiles_, work, shared_.engine); break;
-        default: E::combine(group, c_, work);
+        case WorkKind::kUpTile: engine.up_tile(group, c_, tiles_, work, shared_.engine); break;
+        case WorkKind::kDownTile: engine.down_tile(group, c_, tiles_, work, shared_.engine); break;
+        default: engine.combine(group, c_, work);
       }
       processor.finish(group, work);
     }

@@ -27,6 +27,7 @@ struct Machine {
   bool staged = false;            // some peers' memory is not mapped here
   uint32_t max_ring_blocks = 16;  // between their up and down tiles at one time: bounds the memory under any skew
   int plan_warps = 1;             // of the group that plans
+  int hidden_bytes = 4;           // of an element of `hidden`, whose type is the engine's choice
 };
 
 // The counters that start every call at zero.
@@ -73,14 +74,14 @@ struct Workspace {
   RowBlock* ring;          // [ring_blocks]
   uint32_t* ring_free;     // [ring_blocks] sequence number of the block that may use the slot next
   uint64_t* down_entries;  // [ring_blocks]
-  float* hidden;           // [ring_blocks, kBlockM, hidden_stride] activated up-tile outputs
+  float* hidden;           // [ring_blocks, kBlockM, hidden_stride] activated up-tile outputs, of the engine's type
 
   // Only where peers are not mapped: what travels, until it has landed.
   std::byte* packet_stage;  // [ep_size − 1, header_stride + inbox_stride]
   std::byte* result_stage;  // [ring_blocks, kBlockM, row_bytes]
 
   uint32_t ring_blocks;
-  size_t hidden_stride;  // floats
+  size_t hidden_stride;  // floats, also where an element is smaller
   size_t bytes;
 
   // Lays the table out from `base`; with a null base it only measures (`bytes`).
@@ -90,7 +91,7 @@ struct Workspace {
     const size_t most_rows = pairs + (ep_size - 1) * layout.max_result_rows;
     const size_t most_blocks = most_rows / kBlockM + (local < most_rows ? local : most_rows) + 1;
     ring_blocks = uint32_t(most_blocks < machine.max_ring_blocks ? most_blocks : machine.max_ring_blocks);
-    hidden_stride = round_up(call.intermediate_size, 16);
+    hidden_stride = round_up(size_t(call.intermediate_size) * machine.hidden_bytes, 64) / sizeof(float);
 
     auto region = [&]<class T>(T*& pointer, size_t count) {
       pointer = base ? reinterpret_cast<T*>(base + bytes) : nullptr;

@@ -11,25 +11,46 @@
 
 namespace flashmoe::test {
 
-// A float32 number, or the bfloat16 number next to it: Veltkamp's splitting leaves 24 - 16 bits. (A mask of the lower
-// bits would do, but GCC 12 loses `& 0xffff0000` on a float expression at -O1 and -O2.)
+// A float32 number, or the 16-bit number next to it: Veltkamp's splitting leaves 24 - 16 bits of bfloat16, 24 - 13 of
+// float16. (A mask of the lower bits would do, but GCC 12 loses `& 0xffff0000` on a float expression at -O1 and -O2.)
 inline float representable(float v, DType dtype) {
-  const float c = 65537.0f * v;
+  if (dtype == DType::kFloat16 && std::fabs(v) < 0x1p-14f) return std::nearbyint(v * 0x1p24f) * 0x1p-24f;
+  const float c = (dtype == DType::kFloat16 ? 8193.0f : 65537.0f) * v;
   return dtype == DType::kFloat32 ? v : c - (c - v);
 }
-// Their bytes: of a bfloat16 number, the upper half of the float's.
+// Their bits: of a bfloat16 number, the upper half of the float's. A float16 number has the float's fields, of which
+// the exponent counts from 112 less and the mantissa ends 13 bits earlier.
+inline uint32_t to_bits(float v, DType dtype) {
+  uint32_t bits;
+  const float scaled = dtype == DType::kFloat16 ? v * 0x1p-112f : v;
+  std::memcpy(&bits, &scaled, 4);
+  if (dtype == DType::kFloat32) return bits;
+  return dtype == DType::kBFloat16 ? bits >> 16 : (bits >> 16 & 0x8000) | (bits >> 13 & 0x7fff);
+}
+inline float from_bits(uint32_t bits, DType dtype) {
+  if (dtype == DType::kBFloat16) bits <<= 16;
+  if (dtype == DType::kFloat16) bits = (bits & 0x8000) << 16 | (bits & 0x7fff) << 13;
+  float v;
+  std::memcpy(&v, &bits, 4);
+  return dtype == DType::kFloat16 ? v * 0x1p112f : v;
+}
 inline std::vector<std::byte> encode(const std::vector<float>& values, DType dtype) {
   const size_t size = dtype_bytes(dtype);
   std::vector<std::byte> bytes(values.size() * size);
-  for (size_t i = 0; i < values.size(); ++i)
-    std::memcpy(&bytes[i * size], reinterpret_cast<const std::byte*>(&values[i]) + 4 - size, size);
+  for (size_t i = 0; i < values.size(); ++i) {
+    const uint32_t bits = to_bits(values[i], dtype);
+    std::memcpy(&bytes[i * size], &bits, size);  // the lower half comes first
+  }
   return bytes;
 }
 inline std::vector<float> decode(const std::vector<std::byte>& bytes, DType dtype) {
   const size_t size = dtype_bytes(dtype);
   std::vector<float> values(bytes.size() / size, 0.0f);
-  for (size_t i = 0; i < values.size(); ++i)
-    std::memcpy(reinterpret_cast<std::byte*>(&values[i]) + 4 - size, &bytes[i * size], size);
+  for (size_t i = 0; i < values.size(); ++i) {
+    uint32_t bits = 0;
+    std::memcpy(&bits, &bytes[i * size], size);
+    values[i] = from_bits(bits, dtype);
+  }
   return values;
 }
 

@@ -36,11 +36,16 @@ class SimtTeam {
       : options_(options), layout_(limits_of(program, options.ep_size)),
         heaps_(options.ep_size, std::vector<uint64_t>(layout_.bytes / 8 + 1)) {
     for (auto& heap : heaps_) addresses_.push_back(reinterpret_cast<std::byte*>(heap.data()));
-    const Machine machine{.max_ring_blocks = options.ring_blocks, .plan_warps = E::kCrewWarps};
+    const Machine machine{.max_ring_blocks = options.ring_blocks, .plan_warps = E::kCrewWarps, .hidden_bytes = E::kHiddenBytes};
     for (const CallOfAll& call : program) {
       calls_.emplace_back();
       for (int r = 0; r < options.ep_size; ++r)
         calls_.back().push_back(std::make_unique<RankCall>(call, r, options.ep_size, 0, layout_, machine));
+      operands_.emplace_back(options.ep_size);
+      for (int r = 0; r < options.ep_size; ++r) {
+        const std::string error = E::make_operands(&operands_.back()[r], calls_.back()[r]->call);
+        if (!error.empty()) throw std::runtime_error(error);
+      }
     }
     for (int r = 0; r < options.ep_size; ++r)
       ranks_.push_back({{}, layout_, *calls_[0][r]->workspace, addresses_.data(), options.deadlines, options.last_epoch, {}, nullptr});
@@ -52,7 +57,7 @@ class SimtTeam {
       for (size_t c = 0; c < calls_.size(); ++c) {
         gpu::simt::launch(options_.ep_size, 64, 0, seed + c, [&] { begin(gpu::block(), c); });
         gpu::simt::launch(grid(), Kernel::kThreads, sizeof(typename Kernel::Shared), seed + c,
-                          [&] { Kernel::run(ranks_.data(), options_.ep_size, gpu::shared_memory()); });
+                          [&] { Kernel::run(ranks_.data(), options_.ep_size, gpu::shared_memory(), operands_[c].data()); });
       }
     });
   }
@@ -66,7 +71,7 @@ class SimtTeam {
         for (size_t c = 0; c < calls_.size(); ++c) {
           if (gpu::block() % options_.blocks_per_rank == 0) begin(rank, c);
           meet_own_rank(rank, uint32_t(2 * c + 1));
-          Kernel::run(ranks_.data(), options_.ep_size, gpu::shared_memory() + c * shared_stride());
+          Kernel::run(ranks_.data(), options_.ep_size, gpu::shared_memory() + c * shared_stride(), operands_[c].data());
           meet_own_rank(rank, uint32_t(2 * c + 2));
         }
       });
@@ -110,6 +115,7 @@ class SimtTeam {
   std::vector<std::vector<uint64_t>> heaps_;
   std::vector<std::byte*> addresses_;
   std::vector<std::vector<std::unique_ptr<RankCall>>> calls_;  // [call][rank]
+  std::vector<std::vector<typename E::Operands>> operands_;            // [call][rank]
   std::vector<gpu::RankState> ranks_;
   std::vector<uint32_t> arrived_;
 };

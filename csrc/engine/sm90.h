@@ -1,0 +1,172 @@
+// The Hopper engine: tile products by wgmma, in bf16 and fp16 with fp32 sums. A warpgroup does math for each 64 rows
+// of a block; one more holds the loaders and the agent. In each step over K, 128 bytes wide,
+//   - a thread brings kTileN rows of the weights by TMA,
+//   - two warps gather the block's rows by index: tokens where they lie, or rows of `hidden`,
+//   - the math warpgroups multiply what came kStages steps ago.
+// Rows of `hidden` are copied by threads and not by TMA, since other blocks wrote them with plain stores: so no fence
+// between the proxies is owed on global memory.
+//
+// A row's bits depend on that row and its weights alone: each product of 64 rows adds its columns of K to every row in
+// the same order, whatever the other rows hold.
+//
+// What to expect of it on an H100, predicted and not measured. A step of 128 × 256 × 64 is 4.19 MFLOP, 1024 cycles of
+// an SM's tensor cores, and takes 16 KiB of rows and 32 KiB of weights out of L2: 48 bytes a cycle, 11.6 TB/s for 132
+// SMs at full speed. L2 gives about 5.5 to 7 TB/s, so prefill should end near 470 to 600 of the 989 TFLOP/s, bound by
+// L2, until two blocks share their weights by multicast (32 KiB each: 700 to 900). Decode reads each weight once and
+// should be bound by memory: a narrow tile, kTileN = 128, gives twice the tiles to spread over the SMs, and with its
+// 4 stages of 16 KiB of weights keeps 8.4 MB in flight, over twice what 3.35 TB/s times 1 µs ask for.
+#pragma once
+
+#include "engine/exact.h"
+#include "engine/sm90_math.h"
+
+namespace flashmoe {
+
+template <DType dtype, int kTileN_ = 256, int kStages = 4, template <int, int, int> class PipelineOf = Sm90Pipeline>
+class Sm90Engine {
+ public:
+  static constexpr int kTileN = kTileN_;
+  static constexpr int kMathGroups = kBlockM / 64;
+  static constexpr int kCrewWarps = 4 * kMathGroups, kLoaderWarps = 3;
+  static constexpr int kHiddenBytes = dtype_bytes(dtype);
+  static_assert(kBlockM % 64 == 0 && kTileN % 64 == 0 && kTileN <= 256);
+
+  using Pipeline = PipelineOf<kStages, 2, kCrewWarps>;
+  using Stage = Sm90Stage<kTileN>;
+  using Tile = Sm90Tile<kTileN>;
+  using Loaders = Sm90Loaders<kTileN, Pipeline>;
+  using Sums = Sm90Sums<dtype, kTileN>;
+  using Operands = Sm90Operands;
+  static_assert(Loaders::kWarps == kLoaderWarps);
+
+  struct Shared {
+    Stage stage[kStages];
+    const std::byte* row[kBlockM];  // of the gathering warps
+    Pipeline pipeline;
+
+    FLASHMOE_DEVICE void init() { pipeline.init(); }
+  };
+
+  FLASHMOE_HD static constexpr int up_cols(bool gated) { return Tile::up_cols(gated); }
+  FLASHMOE_HD static constexpr int down_cols(bool gated) { return Tile::down_cols(gated); }
+  static std::string make_operands(Operands* operands, const Call& call) {
+    if (call.dtype != dtype) return "this engine is of another dtype";
+    return make_sm90_operands<kTileN>(operands, call);
+  }
+
+  // By all warps of the crew, and by all that are not: registers move to where the sums are. A launch gives each of
+  // 3 · 128 threads 168 of an SM's 65536; with 2 · 128 threads all may have the most there is.
+  FLASHMOE_DEVICE static void crew_begins() {
+    if constexpr (kMathGroups == 2) gpu::increase_registers<200>();
+  }
+  FLASHMOE_DEVICE static void others_begin() {
+    if constexpr (kMathGroups == 2) gpu::decrease_registers<104>();
+  }
+  static_assert(kMathGroups <= 2 && 2 * 200 + 104 <= 3 * 168);
+
+  // By each warp of the loaders.
+  template <class P>
+  FLASHMOE_DEVICE void load(int loader, const Context<P>& c, const TileShape& tiles, const Work& work, Shared& shared,
+                            const Operands* operands) {
+    if (work.kind == WorkKind::kUpTile) {
+      load_tile(loader, Tile::up(c, tiles, work, operands), shared,
+                [&](int row) { return token_row(c, uint32_t(work.index), uint32_t(row)); });
+    } else if (work.kind == WorkKind::kDownTile) {
+      load_tile(loader, Tile::down(c, tiles, work, operands), shared,
+                [&](int row) -> const std::byte* { return hidden_row(c, work, row); });
+    }
+  }
+
+  template <class Group, class P>
+  FLASHMOE_DEVICE void up_tile(const Group& group, const Context<P>& c, const TileShape& tiles, const Work& work,
+                               Shared& shared) {
+    const Tile tile = Tile::up(c, tiles, work, nullptr);
+    typename Sums::Sums sums;
+    if (!multiply(group, tile, shared, sums)) return;
+    Sums::template activate<0>(sums, c.call.activation);
+    std::byte* rows[2];
+    for (int i = 0; i < 2; ++i) rows[i] = has_row(group, tile, i) ? row_from(hidden_row(c, work, row(group, i)), tile) : nullptr;
+    if (c.call.gated) {
+      Sums::multiply_halves(sums);
+    } else {
+      Sums::template activate<1>(sums, c.call.activation);
+      store_second_half(sums, rows, tile);
+    }
+    Sums::template store<0>(sums, rows, tile.cols[0]);
+  }
+
+  template <class Group, class P>
+  FLASHMOE_DEVICE void down_tile(const Group& group, const Context<P>& c, const TileShape& tiles, const Work& work,
+                                 Shared& shared) {
+    const Tile tile = Tile::down(c, tiles, work, nullptr);
+    typename Sums::Sums sums;
+    if (!multiply(group, tile, shared, sums)) return;
+    std::byte* rows[2];
+    for (int i = 0; i < 2; ++i)
+      rows[i] = has_row(group, tile, i)
+                    ? row_from(result_row(c, uint32_t(work.index), uint32_t(row(group, i))), tile)
+                    : nullptr;
+    Sums::template store<0>(sums, rows, tile.cols[0]);
+    store_second_half(sums, rows, tile);
+  }
+
+  template <class Group, class P>
+  FLASHMOE_DEVICE static void combine(const Group& group, const Context<P>& c, const Work& work) {
+    ExactEngine<dtype>::combine(group, c, work);
+  }
+
+ private:
+  static constexpr int kStepBytes = Stage::kStepBytes, kStepColumns = kStepBytes / dtype_bytes(dtype);
+  FLASHMOE_HD static int steps_of(const Tile& tile) { return ceil_div(tile.depth, kStepColumns); }
+
+  template <class Address>
+  FLASHMOE_DEVICE void load_tile(int loader, const Tile& tile, Shared& shared, const Address& address) {
+    if (loader == Loaders::kGatherWarps)
+      Loaders::fetch_weights(shared.pipeline, shared.stage, turn_, tile.weights, tile.weight_row, steps_of(tile),
+                             kStepColumns);
+    else
+      Loaders::gather_rows(shared.pipeline, shared.stage, turn_, shared.row, loader, tile.num_rows,
+                           tile.depth * dtype_bytes(dtype), steps_of(tile), address);
+  }
+
+  // With the bias; false if this warpgroup has no rows.
+  template <class Group>
+  FLASHMOE_DEVICE bool multiply(const Group& group, const Tile& tile, Shared& shared, typename Sums::Sums& sums) {
+    const int first_row = group.warp() / 4 * 64;
+    const bool has_rows = first_row < tile.num_rows;
+    sm90_products<dtype, kTileN>(shared.pipeline, shared.stage, turn_, first_row, has_rows, steps_of(tile), sums);
+    if (has_rows && tile.bias) {
+      Sums::template add_bias<0>(sums, tile.bias, tile.bias_begin[0], tile.cols[0]);
+      Sums::template add_bias<1>(sums, tile.bias, tile.bias_begin[1], tile.cols[1]);
+    }
+    return has_rows;
+  }
+
+  FLASHMOE_DEVICE static void store_second_half(const typename Sums::Sums& sums, std::byte* const (&rows)[2],
+                                                const Tile& tile) {
+    std::byte* moved[2];
+    for (int i = 0; i < 2; ++i) moved[i] = rows[i] ? rows[i] + Tile::kHalf * dtype_bytes(dtype) : nullptr;
+    Sums::template store<1>(sums, moved, tile.cols[1]);
+  }
+
+  // A thread's two rows of the block.
+  template <class Group>
+  FLASHMOE_DEVICE static int row(const Group& group, int i) {
+    return group.rank() / 128 * 64 + gpu::wgmma_row(group.rank(), 2 * i);
+  }
+  template <class Group>
+  FLASHMOE_DEVICE static bool has_row(const Group& group, const Tile& tile, int i) {
+    return row(group, i) < tile.num_rows;
+  }
+  FLASHMOE_DEVICE static std::byte* row_from(std::byte* row, const Tile& tile) {
+    return row + size_t(tile.begin) * dtype_bytes(dtype);
+  }
+  template <class P>
+  FLASHMOE_DEVICE static std::byte* hidden_row(const Context<P>& c, const Work& work, int row) {
+    return reinterpret_cast<std::byte*>(c.ws.hidden + (size_t(work.index) * kBlockM + row) * c.ws.hidden_stride);
+  }
+
+  typename Pipeline::Turn turn_;
+};
+
+}  // namespace flashmoe
