@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # What each source is compiled for. A kernel is Hopper's if its name says sm90.
 SOURCES = {
     "tests/cuda/verbs_compile.cu": ("80", "90a", "100"),
+    "tests/cuda/sm90_compile.cu": ("90a",),
 }
 # setmaxnreg ignored; wgmma serialised because of a call; wgmma serialised for another reason.
 FATAL_NOTES = ("C7504", "C7509", "C7510")

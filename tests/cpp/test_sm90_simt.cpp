@@ -154,7 +154,7 @@ void check_called(const std::string& plant, const std::vector<std::string>& name
 void planted_faults() {
   check_called<OtherParity>("wrong parity of a phase", {"wgmma: reads"});
   check_called<NoFence>("no fence after the gather", {"no fence_async_shared between"});
-  check_called<NoWaitForEmpty>("stage used again before the math let go of it", {"which a wgmma that nobody waited for reads", "with no wait or barrier between", "more arrivals at"});
+  check_called<NoWaitForEmpty>("stage used again before the math let go of it", {"which a wgmma that nobody waited for reads", "with no wait or barrier between", "more arrivals at", "wgmma: reads"});
   check_called<SumsTooEarly>("sums taken before wgmma_wait", {"times the tolerance", "accumulators were", "which a wgmma that nobody waited for reads"});
 }
 

@@ -32,7 +32,7 @@ std::string launch(RankState* ranks, const Call& call, int blocks) {
 template std::string launch<Sm90Engine<DType::kBFloat16>>(RankState*, const Call&, int);
 #if !defined(FLASHMOE_ONE_KERNEL)
 template std::string launch<Sm90Engine<DType::kFloat16>>(RankState*, const Call&, int);
-template std::string launch<Sm90Engine<DType::kBFloat16, 128, 8>>(RankState*, const Call&, int);
+template std::string launch<Sm90Engine<DType::kBFloat16, 128, 6>>(RankState*, const Call&, int);
 #endif
 
 }  // namespace flashmoe::gpu
