@@ -239,7 +239,7 @@ def test_nothing_stays_behind(how):
 
 
 LAUNCHER = """
-import os, time
+import os, signal, time
 import torch.distributed as dist
 import flashmoe
 
@@ -249,6 +249,8 @@ def work():
     os.write(1, (" ".join([str(os.getpid()), *inodes]) + "\\n").encode())
     time.sleep(600)
 
+# As in a terminal, also where the tests were started in the background, which ignores Ctrl-C and hands that down.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 flashmoe.launch(work, 2)
 """
 
