@@ -69,10 +69,10 @@ class Sm90Engine {
   FLASHMOE_DEVICE void load(int loader, const Context<P>& c, const TileShape& tiles, const Work& work, Shared& shared,
                             const Operands* operands) {
     if (work.kind == WorkKind::kUpTile) {
-      load_tile(loader, Tile::up(c, tiles, work, operands), shared,
+      load_tile(loader, Tile::up(c, tiles, work, &operands->gate_up), shared,
                 [&](int row) { return token_row(c, uint32_t(work.index), uint32_t(row)); });
     } else if (work.kind == WorkKind::kDownTile) {
-      load_tile(loader, Tile::down(c, tiles, work, operands), shared,
+      load_tile(loader, Tile::down(c, tiles, work, &operands->down), shared,
                 [&](int row) -> const std::byte* { return hidden_row(c, work, row); });
     }
   }
@@ -85,7 +85,7 @@ class Sm90Engine {
     if (!multiply(group, tile, shared, sums)) return;
     Sums::template activate<0>(sums, c.call.activation);
     std::byte* rows[2];
-    for (int i = 0; i < 2; ++i) rows[i] = has_row(group, tile, i) ? row_from(hidden_row(c, work, row(group, i)), tile) : nullptr;
+    find_rows(group, tile, rows, [&](int row) { return hidden_row(c, work, row); });
     if (c.call.gated) {
       Sums::multiply_halves(sums);
     } else {
@@ -102,10 +102,7 @@ class Sm90Engine {
     typename Sums::Sums sums;
     if (!multiply(group, tile, shared, sums)) return;
     std::byte* rows[2];
-    for (int i = 0; i < 2; ++i)
-      rows[i] = has_row(group, tile, i)
-                    ? row_from(result_row(c, uint32_t(work.index), uint32_t(row(group, i))), tile)
-                    : nullptr;
+    find_rows(group, tile, rows, [&](int row) { return result_row(c, uint32_t(work.index), uint32_t(row)); });
     Sums::template store<0>(sums, rows, tile.cols[0]);
     store_second_half(sums, rows, tile);
   }
@@ -149,17 +146,15 @@ class Sm90Engine {
     Sums::template store<1>(sums, moved, tile.cols[1]);
   }
 
-  // A thread's two rows of the block.
-  template <class Group>
-  FLASHMOE_DEVICE static int row(const Group& group, int i) {
-    return group.rank() / 128 * 64 + gpu::wgmma_row(group.rank(), 2 * i);
-  }
-  template <class Group>
-  FLASHMOE_DEVICE static bool has_row(const Group& group, const Tile& tile, int i) {
-    return row(group, i) < tile.num_rows;
-  }
-  FLASHMOE_DEVICE static std::byte* row_from(std::byte* row, const Tile& tile) {
-    return row + size_t(tile.begin) * dtype_bytes(dtype);
+  // Where the tile begins in each of the two rows that a thread holds, or null where the block has no such row.
+  template <class Group, class Address>
+  FLASHMOE_DEVICE static void find_rows(const Group& group, const Tile& tile, std::byte* (&rows)[2],
+                                        const Address& address) {
+    FLASHMOE_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const int row = group.rank() / 128 * 64 + gpu::wgmma_row(group.rank(), 2 * i);
+      rows[i] = row < tile.num_rows ? address(row) + size_t(tile.begin) * dtype_bytes(dtype) : nullptr;
+    }
   }
   template <class P>
   FLASHMOE_DEVICE static std::byte* hidden_row(const Context<P>& c, const Work& work, int row) {

@@ -30,8 +30,8 @@ FLASHMOE_DEVICE float fast_activate(float x) {
   if constexpr (activation == Activation::kGelu) {
     // x Φ(x); the tail Φ(-|x|) = erfc(z) / 2, z = |x| / √2, by Abramowitz and Stegun 7.1.26, within 1.5e-7.
     const float z = 0.707106781f * fabsf(x), t = fast_quotient(1.0f, 1.0f + 0.3275911f * z);
-    const float p = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
-    const float tail = 0.5f * p * fast_exp(-z * z);
+    const float p = 1.421413741f + t * (-1.453152027f + t * 1.061405429f);
+    const float tail = 0.5f * t * (0.254829592f + t * (-0.284496736f + t * p)) * fast_exp(-z * z);
     return x < 0.0f ? fmaxf(x, -3e38f) * tail : x * (1.0f - tail);
   }
 }

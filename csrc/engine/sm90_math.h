@@ -25,12 +25,12 @@ FLASHMOE_DEVICE void sm90_products(Pipeline& pipeline, const Sm90Stage<kTileN>* 
   typename Pipeline::Turn last = turn;
   for (int step = 0; step < steps; ++step) {
     pipeline.wait_full(turn);
-    const Sm90Stage<kTileN>& stage = stages[turn.stage];
+    const std::byte* rows = stages[turn.stage].rows + first_row * Sm90Stage<kTileN>::kStepBytes;
+    const std::byte* weights = stages[turn.stage].weights;
     gpu::wgmma_fence(sums);
     FLASHMOE_UNROLL
     for (int byte = 0; byte < Sm90Stage<kTileN>::kStepBytes; byte += 32)
-      gpu::wgmma<dtype, kTileN>(sums, gpu::wgmma_descriptor(stage.rows + first_row * Sm90Stage<kTileN>::kStepBytes, byte),
-                                gpu::wgmma_descriptor(stage.weights, byte), true);
+      gpu::wgmma<dtype, kTileN>(sums, gpu::wgmma_descriptor(rows, byte), gpu::wgmma_descriptor(weights, byte), true);
     gpu::wgmma_commit();
     gpu::wgmma_wait<1>(sums);
     if (step > 0) pipeline.let_go(last);

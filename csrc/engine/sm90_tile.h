@@ -20,7 +20,7 @@ template <int kTileN>
 struct Sm90Tile {
   static constexpr int kHalf = kTileN / 2;
 
-  const gpu::TensorMap* weights;
+  const gpu::TensorMap* weights;  // for the loaders; the math has none
   int depth;              // of the products: columns of the weights
   int num_rows;           // of the row block
   int begin;              // first column of the output
@@ -34,12 +34,12 @@ struct Sm90Tile {
 
   template <class P>
   FLASHMOE_ROLE static Sm90Tile up(const Context<P>& c, const TileShape& tiles, const Work& work,
-                                   const Sm90Operands* operands) {
+                                   const gpu::TensorMap* weights) {
     const Call& call = c.call;
     const UpTile t = flashmoe::up_tile(c, tiles, work);
     const int first_row = int(c.ws.ring[work.index].local_expert) * call.up_rows();
     Sm90Tile tile(t.num_rows, t.begin, t.end - t.begin, first_row);
-    tile.weights = &operands->gate_up, tile.depth = call.hidden_size, tile.bias = t.bias;
+    tile.weights = weights, tile.depth = call.hidden_size, tile.bias = t.bias;
     if (!call.gated) return tile;
     tile.cols[1] = tile.cols[0];
     tile.bias_begin[1] = call.intermediate_size + t.begin;
@@ -49,12 +49,12 @@ struct Sm90Tile {
 
   template <class P>
   FLASHMOE_ROLE static Sm90Tile down(const Context<P>& c, const TileShape& tiles, const Work& work,
-                                     const Sm90Operands* operands) {
+                                     const gpu::TensorMap* weights) {
     const Call& call = c.call;
     const DownTile t = flashmoe::down_tile(c, tiles, work);
     const int first_row = int(c.ws.ring[work.index].local_expert) * call.hidden_size;
     Sm90Tile tile(t.num_rows, t.begin, t.end - t.begin, first_row);
-    tile.weights = &operands->down, tile.depth = call.intermediate_size, tile.bias = t.bias;
+    tile.weights = weights, tile.depth = call.intermediate_size, tile.bias = t.bias;
     return tile;
   }
 

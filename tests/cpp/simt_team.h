@@ -115,7 +115,7 @@ class SimtTeam {
   std::vector<std::vector<uint64_t>> heaps_;
   std::vector<std::byte*> addresses_;
   std::vector<std::vector<std::unique_ptr<RankCall>>> calls_;  // [call][rank]
-  std::vector<std::vector<typename E::Operands>> operands_;            // [call][rank]
+  std::vector<std::vector<typename E::Operands>> operands_;         // [call][rank]
   std::vector<gpu::RankState> ranks_;
   std::vector<uint32_t> arrived_;
 };
