@@ -5,6 +5,9 @@
 #include "engine/cpu.h"
 #include "platform/shared_segment.h"
 #include "runtime/moe.h"
+#ifdef FLASHMOE_WITH_CUDA
+#include "runtime/moe_cuda.h"
+#endif
 
 namespace py = pybind11;
 using namespace flashmoe;
@@ -49,20 +52,30 @@ std::vector<std::shared_ptr<Group>> local_team(const Limits& limits, std::option
   return make_local_team(o);
 }
 
-void forward(Group& group, uintptr_t x, int num_tokens, uintptr_t topk_ids, int topk_ids_bytes, uintptr_t topk_weights,
-             int top_k, uintptr_t gate_up_proj, uintptr_t gate_up_bias, uintptr_t down_proj, uintptr_t down_bias,
-             uintptr_t y, int hidden_size, int intermediate_size, int num_experts, int num_local_experts, int dtype,
-             int activation, bool gated, uintptr_t expert_map, int layer) {
+ForwardArgs forward_args(uintptr_t x, int num_tokens, uintptr_t topk_ids, int topk_ids_bytes, uintptr_t topk_weights,
+                         int top_k, uintptr_t gate_up_proj, uintptr_t gate_up_bias, uintptr_t down_proj,
+                         uintptr_t down_bias, uintptr_t y, int hidden_size, int intermediate_size, int num_experts,
+                         int num_local_experts, int dtype, int activation, bool gated, uintptr_t expert_map, int layer) {
   if (dtype < 0 || dtype > 2) throw std::invalid_argument("dtype must be 0, 1 or 2, got " + std::to_string(dtype));
   if (activation < 0 || activation > 3)
     throw std::invalid_argument("activation must lie in [0, 3], got " + std::to_string(activation));
-  const ForwardArgs args{address(x), address(topk_ids), topk_ids_bytes, address<float>(topk_weights),
-                         address(gate_up_proj), address(gate_up_bias), address(down_proj), address(down_bias),
-                         reinterpret_cast<void*>(y), address<int32_t>(expert_map),
-                         num_tokens, top_k, hidden_size, intermediate_size, num_experts, num_local_experts, layer,
-                         DType(dtype), Activation(activation), gated};
+  return {address(x), address(topk_ids), topk_ids_bytes, address<float>(topk_weights),
+          address(gate_up_proj), address(gate_up_bias), address(down_proj), address(down_bias),
+          reinterpret_cast<void*>(y), address<int32_t>(expert_map),
+          num_tokens, top_k, hidden_size, intermediate_size, num_experts, num_local_experts, layer,
+          DType(dtype), Activation(activation), gated};
+}
+
+// The same arguments, one by one: a call makes no object in between.
+template <class... Args>
+void forward(Group& group, Args... args) {
+  const ForwardArgs call = forward_args(args...);
   py::gil_scoped_release release;
-  group.forward(args);
+  group.forward(call);
+}
+template <class... Args>
+auto forward_taking(ForwardArgs (*)(Args...)) {
+  return &forward<Args...>;
 }
 
 py::dict stats(const Group& group) {
@@ -125,7 +138,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&make_group), py::arg("name"), py::arg("ep_rank"), py::arg("limits"), py::arg("segments"),
            py::arg("offsets"), py::arg("pids"), py::arg("global_ranks"), py::arg("remote_only_seed") = py::none(),
            py::arg("timeout_s") = 60.0, py::arg("entry_timeout_s") = 600.0, py::arg("num_workers") = 1)
-      .def("forward", &forward)
+      .def("forward", forward_taking(&forward_args))
       .def("stats", &stats)
       .def_property_readonly("failed", &Group::failed)
       .def_property_readonly("name", [](const Group& g) { return g.options().name; })
@@ -138,4 +151,20 @@ PYBIND11_MODULE(_C, m) {
   m.def("local_team", &local_team, py::arg("limits"), py::arg("remote_only_seed") = py::none(),
         py::arg("timeout_s") = 60.0, py::arg("entry_timeout_s") = 600.0, py::arg("num_workers") = 1,
         py::arg("last_epoch") = 0);
+
+#ifdef FLASHMOE_WITH_CUDA
+  m.def("num_cuda_devices", &num_cuda_devices);
+  py::class_<ForwardArgs>(m, "ForwardArgs").def(py::init(&forward_args));
+  py::class_<CudaTeam>(m, "CudaTeam")
+      .def(py::init([](int device, const Limits& limits, double timeout_s, double entry_timeout_s, int sm_margin,
+                       bool exact) {
+             return std::make_unique<CudaTeam>(CudaOptions{device, limits, timeout_s, entry_timeout_s, sm_margin, exact});
+           }),
+           py::arg("device"), py::arg("limits"), py::arg("timeout_s") = 60.0, py::arg("entry_timeout_s") = 600.0,
+           py::arg("sm_margin") = 0, py::arg("exact") = false)
+      .def("forward", [](CudaTeam& team, const std::vector<ForwardArgs>& ranks, uintptr_t stream) {
+        py::gil_scoped_release release;
+        team.forward(ranks, reinterpret_cast<void*>(stream));
+      });
+#endif
 }

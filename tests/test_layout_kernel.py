@@ -10,7 +10,7 @@ def agents_belong_to_workers(sources):
         for name, _ in includes(text):
             if name == "protocol/agent.h" and path != "csrc/protocol/moe_kernel.h" and not path.startswith("csrc/kernel/"):
                 yield f"{path} includes {name}"
-            if name.startswith("kernel/") and not path.startswith(("csrc/kernel/", "csrc/runtime/moe_")):
+            if name.startswith("kernel/") and not path.startswith(("csrc/kernel/", "csrc/runtime/moe_", "csrc/runtime/cuda_")):
                 yield f"{path} includes {name}"
 
 

@@ -14,7 +14,7 @@ struct RankState {
   std::byte* const* heaps;  // [ep_size] where each rank's heap is mapped here
   Deadlines deadlines;
   uint64_t last_epoch;
-  Status failure;         // sticky: of the call that failed, if one did
+  Status failure;          // sticky: of the call that failed, if one did
   Status* report_failure;  // host-mapped, or null
 };
 
@@ -23,16 +23,14 @@ struct RankState {
 template <class Group>
 FLASHMOE_DEVICE void begin_call(const Group& group, RankState& rank, const Call& call, const Workspace& workspace) {
   Workspace ws = workspace;
-  ws.reset(group, call, now_ns());
+  Call next = call;
+  const bool failed = rank.failure.failure;
+  next.epoch = failed ? rank.last_epoch : next_epoch(rank.last_epoch);
+  ws.reset(group, next, now_ns());
   group.sync();
   if (group.rank() != 0) return;
-  if (rank.failure.failure)
-    *ws.status = rank.failure;
-  else
-    rank.last_epoch = next_epoch(rank.last_epoch);
-  rank.workspace = ws;
-  rank.call = call;
-  rank.call.epoch = rank.last_epoch;
+  if (failed) *ws.status = rank.failure;
+  rank.last_epoch = next.epoch, rank.call = next, rank.workspace = ws;
 }
 
 }  // namespace flashmoe::gpu

@@ -16,6 +16,7 @@ struct Status {
   uint32_t phase;
   int32_t peer;
   int32_t expert;  // local to `peer`, or -1
+  uint64_t epoch;  // of the call
   uint64_t seen;   // the word that was there instead
   uint64_t waited_ns;
   CallTag peer_tag;  // kOtherCall, where the packet had rows
@@ -131,6 +132,7 @@ struct Workspace {
       *counters = Counters{};
       counters->last_progress_ns = now_ns;
       *status = Status{};
+      status->epoch = call.epoch;
     }
     for (int i = group.rank(); i < call.ep_size; i += group.size()) num_chunks[i] = chunks_ready[i] = 0;
     for (int e = group.rank(); e < call.num_local_experts(); e += group.size()) row_offset[e] = next_block[e] = 0;

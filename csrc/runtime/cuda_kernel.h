@@ -1,0 +1,32 @@
+// What the CUDA runtime asks of a kernel, so that each engine's kernels are compiled apart, for the architectures that
+// can run them.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <string>
+#include <vector>
+
+#include "kernel/rank_state.h"
+
+namespace flashmoe {
+
+// Most virtual ranks of one GPU: what each needs travels in the kernel's parameters.
+inline constexpr int kMaxVirtualRanks = 8;
+
+struct CudaLaunch {
+  gpu::RankState* ranks;  // on the device
+  std::vector<Call> calls;  // of each rank, with tables that the host can read
+  int blocks_per_rank;
+  cudaStream_t stream;
+};
+
+struct CudaKernel {
+  int crew_warps, hidden_bytes;
+  std::string (*launch)(const CudaLaunch&);  // empty, or why it could not be
+};
+
+CudaKernel exact_kernel(DType dtype);
+CudaKernel sm90_kernel(DType dtype);  // of bfloat16 or float16, on Hopper alone
+
+}  // namespace flashmoe
