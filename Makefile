@@ -66,7 +66,7 @@ test-cpp-%: $(VENV)/.requirements
 	$(call section,C++ tests: $*)
 	$(call configure_cpp,$*)
 	$(BIN)/cmake --build build/cpp-$*
-	$(BIN)/ctest --test-dir build/cpp-$* --output-on-failure --no-tests=error
+	$(BIN)/ctest --test-dir build/cpp-$* --parallel $$(nproc) --output-on-failure --no-tests=error
 
 test-python: build $(VENV)/.requirements-test
 	$(call section,Python tests)

@@ -25,6 +25,10 @@ foreach(source ${test_sources})
   # An impossible allocation fails as it does without a sanitizer, since its error is under test.
   set_tests_properties(${name} PROPERTIES TIMEOUT 600 ENVIRONMENT
     "TSAN_OPTIONS=allocator_may_return_null=1;ASAN_OPTIONS=allocator_may_return_null=1")
+  # Ranks and workers are threads that meet: such a test has the machine for itself. The others are one thread.
+  if(NOT name MATCHES "^test_(cpu|simt)_")
+    set_tests_properties(${name} PROPERTIES RUN_SERIAL ON)
+  endif()
 endforeach()
 
 add_custom_target(benches)
