@@ -266,7 +266,7 @@ def test_slow_contenders_get_fewer_samples():
     assert 3 <= len(slow.samples) <= 6 and len(quick.turns) == 20
     compared = measure.speedup(quick, slow)
     assert 10 < compared["ratio"] < 120
-    assert compared["ratio_quartiles"][0] <= compared["ratio_quartiles"][1]
+    assert compared["ratio_quartiles"][0] <= compared["ratio"] <= compared["ratio_quartiles"][1]
 
 
 def test_quantiles_interpolate():
