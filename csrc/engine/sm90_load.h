@@ -6,46 +6,48 @@
 
 namespace flashmoe {
 
-// One stage: kStepBytes of every row of a block and of every weight row of a tile, as wgmma wants them.
-template <int kTileN>
+// One stage: kStepBytes of kRows rows of a block and of every weight row of a tile, as wgmma wants them.
+template <int kTileN, int kRows_>
 struct alignas(1024) Sm90Stage {
-  static constexpr int kStepBytes = 128;
-  std::byte rows[kBlockM * kStepBytes];
+  static constexpr int kStepBytes = 128, kRows = kRows_;
+  std::byte rows[kRows * kStepBytes];
   std::byte weights[kTileN * kStepBytes];
 };
 
-template <int kTileN, class Pipeline>
+template <class Stage, class Pipeline>
 struct Sm90Loaders {
-  using Stage = Sm90Stage<kTileN>;
   using Turn = typename Pipeline::Turn;
   static constexpr int kGatherWarps = 2, kWarps = kGatherWarps + 1;
   // Stages whose copies a gathering warp leaves in flight while it issues the next.
-  static constexpr int kLag = 2;
+  static constexpr int kLag = Pipeline::kStages / 2;
   // The math lets a stage go with the next one's products under way: for that, the next must have been announced.
   static_assert(kLag + 2 <= Pipeline::kStages, "else all wait for each other");
 
-  // By one warp: the weights of all steps of a tile.
-  FLASHMOE_DEVICE static void fetch_weights(Pipeline& pipeline, Stage* stages, Turn& turn, const gpu::TensorMap* map,
-                                            const int (&weight_row)[2], int steps, int step_columns) {
-    for (int step = 0; step < steps; ++step, turn.next()) {
-      if (gpu::lane() != 0) continue;
-      pipeline.wait_empty(turn);
-      gpu::Barrier* full = pipeline.expect_weights(turn, sizeof(Stage::weights));
-      std::byte* to = stages[turn.stage].weights;
-      gpu::tma_load_2d(to, map, step * step_columns, weight_row[0], full);
-      gpu::tma_load_2d(to + sizeof(Stage::weights) / 2, map, step * step_columns, weight_row[1], full);
-    }
+  // By one warp: the weights of all steps of a tile, once for each pass over its rows.
+  template <class Tile>
+  FLASHMOE_DEVICE static void fetch_weights(Pipeline& pipeline, Stage* stages, Turn& turn, const Tile& tile, int passes,
+                                            int steps, int step_columns, gpu::CacheHint hint) {
+    for (int pass = 0; pass < passes; ++pass)
+      for (int step = 0; step < steps; ++step, turn.next()) {
+        if (gpu::lane() != 0) continue;
+        pipeline.wait_empty(turn);
+        gpu::Barrier* full = pipeline.expect_weights(turn, sizeof(Stage::weights));
+        std::byte* to = stages[turn.stage].weights;
+        const int column = step * step_columns;
+        gpu::tma_load_2d(to, tile.weights, column, tile.weight_row[0], full, hint);
+        gpu::tma_load_2d(to + sizeof(Stage::weights) / 2, tile.weights, column, tile.weight_row[1], full, hint);
+      }
   }
 
-  // By each of the gathering warps: its rows of all steps of a tile. Eight lanes share a row, and each eight rows of a
-  // block are shared by the warps. `address(row)` is looked up once per row. What a stage holds in rows that the block
-  // lacks is stale, and their sums are dropped; beyond `row_bytes` it holds zeros.
+  // By each of the gathering warps: its rows of all steps of one pass. Eight lanes share a row, and each eight rows are
+  // shared by the warps. `address(row)` is looked up once per row. What a stage holds in rows that the block lacks is
+  // stale, and their sums are dropped; beyond `row_bytes` it holds zeros.
   template <class Address>
   FLASHMOE_DEVICE static void gather_rows(Pipeline& pipeline, Stage* stages, Turn& turn, const std::byte** table,
                                           int gather_warp, int num_rows, int row_bytes, int steps,
                                           const Address& address) {
     constexpr int kRowsAtOnce = 8 / kGatherWarps;
-    for (int i = gpu::lane(); i < kBlockM / kGatherWarps; i += 32) {
+    for (int i = gpu::lane(); i < Stage::kRows / kGatherWarps; i += 32) {
       const int row = i / kRowsAtOnce * 8 + gather_warp * kRowsAtOnce + i % kRowsAtOnce;
       if (row < num_rows) table[row] = address(row);
     }

@@ -7,10 +7,10 @@
 
 namespace flashmoe {
 
-// The warpgroup's sums over all steps of a tile, one product in flight behind the next. A warpgroup without rows only
-// lets each stage go.
-template <DType dtype, int kTileN, class Pipeline>
-FLASHMOE_DEVICE void sm90_products(Pipeline& pipeline, const Sm90Stage<kTileN>* stages, typename Pipeline::Turn& turn,
+// The warpgroup's sums over all steps of a tile, one product in flight behind the next. `first_row`: of a stage's rows,
+// the first of this warpgroup. A warpgroup without rows only lets each stage go.
+template <DType dtype, int kTileN, class Stage, class Pipeline>
+FLASHMOE_DEVICE void sm90_products(Pipeline& pipeline, const Stage* stages, typename Pipeline::Turn& turn,
                                    int first_row, bool has_rows, int steps, float (&sums)[kTileN / 2]) {
   if (!has_rows) {
     for (int step = 0; step < steps; ++step, turn.next()) {
@@ -25,11 +25,11 @@ FLASHMOE_DEVICE void sm90_products(Pipeline& pipeline, const Sm90Stage<kTileN>* 
   typename Pipeline::Turn last = turn;
   for (int step = 0; step < steps; ++step) {
     pipeline.wait_full(turn);
-    const std::byte* rows = stages[turn.stage].rows + first_row * Sm90Stage<kTileN>::kStepBytes;
+    const std::byte* rows = stages[turn.stage].rows + first_row * Stage::kStepBytes;
     const std::byte* weights = stages[turn.stage].weights;
     gpu::wgmma_fence(sums);
     FLASHMOE_UNROLL
-    for (int byte = 0; byte < Sm90Stage<kTileN>::kStepBytes; byte += 32)
+    for (int byte = 0; byte < Stage::kStepBytes; byte += 32)
       gpu::wgmma<dtype, kTileN>(sums, gpu::wgmma_descriptor(rows, byte), gpu::wgmma_descriptor(weights, byte), true);
     gpu::wgmma_commit();
     gpu::wgmma_wait<1>(sums);

@@ -27,6 +27,9 @@ struct CudaKernel {
 };
 
 CudaKernel exact_kernel(DType dtype);
-CudaKernel sm90_kernel(DType dtype);  // of bfloat16 or float16, on Hopper alone
+
+// Tiles of 256 weight rows for many rows an expert; of 64 for few, where what counts is that every multiprocessor reads.
+enum class Sm90Tiles { kWide, kNarrow };
+CudaKernel sm90_kernel(DType dtype, Sm90Tiles tiles);  // of bfloat16 or float16, on Hopper alone
 
 }  // namespace flashmoe

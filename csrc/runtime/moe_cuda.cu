@@ -138,7 +138,7 @@ class CudaTeam::Impl {
     const OnDevice here(options_.device);
     const DType dtype = args[0].dtype;
     const bool hopper = major_ == 9 && dtype != DType::kFloat32 && !options_.exact;
-    const CudaKernel kernel = hopper ? sm90_kernel(dtype) : exact_kernel(dtype);
+    const CudaKernel kernel = hopper ? sm90_kernel(dtype, Sm90Tiles::kWide) : exact_kernel(dtype);
     const Machine machine{.max_ring_blocks = kRingBlocks, .plan_warps = kernel.crew_warps,
                           .hidden_bytes = kernel.hidden_bytes};
     CudaLaunch launch{ranks(), {}, blocks_per_rank_, stream};

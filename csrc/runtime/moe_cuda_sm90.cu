@@ -4,9 +4,11 @@
 
 namespace flashmoe {
 
-CudaKernel sm90_kernel(DType dtype) {
-  return dtype == DType::kBFloat16 ? cuda_kernel<Sm90Engine<DType::kBFloat16>>()
-                                   : cuda_kernel<Sm90Engine<DType::kFloat16>>();
+CudaKernel sm90_kernel(DType dtype, Sm90Tiles tiles) {
+  const bool bfloat16 = dtype == DType::kBFloat16;
+  if (tiles == Sm90Tiles::kNarrow)
+    return bfloat16 ? cuda_kernel<Sm90Narrow<DType::kBFloat16>>() : cuda_kernel<Sm90Narrow<DType::kFloat16>>();
+  return bfloat16 ? cuda_kernel<Sm90Wide<DType::kBFloat16>>() : cuda_kernel<Sm90Wide<DType::kFloat16>>();
 }
 
 }  // namespace flashmoe

@@ -9,9 +9,9 @@ using namespace flashmoe;
 using namespace flashmoe::test;
 
 // Narrow tiles, so that small layers have many of them.
-template <DType dtype, int kTileN = 64, int kStages = 4, template <int, int, int> class PipelineOf = Sm90Pipeline>
+template <DType dtype, int kTileN = 64, int kStages = 4, int kMathGroups = 2, template <int, int, int> class PipelineOf = Sm90Pipeline>
 SimtOutcome run_on(const Program& program, const SimtOptions& options, uint64_t seed) {
-  using Engine = Sm90Engine<dtype, kTileN, kStages, PipelineOf>;
+  using Engine = Sm90Engine<dtype, kTileN, kStages, kMathGroups, PipelineOf>;
   return SimtTeam<CudaPlatform, Engine, gpu::Crew<Engine::kCrewWarps>>(program, options).run(seed);
 }
 
@@ -22,17 +22,18 @@ Program program_of(const Layer& layer, const std::vector<int>& num_tokens, uint6
 }
 
 // Every seed must end well, and with the bits of the first.
-template <DType dtype, int kTileN = 64, int kStages = 4>
-void check_seeds(const Program& program, SimtOptions options, int seeds, const std::string& what) {
+template <DType dtype, int kTileN = 64, int kStages = 4, int kMathGroups = 2>
+SimtOutcome check_seeds(const Program& program, SimtOptions options, int seeds, const std::string& what) {
   options.ep_size = int(program[0].tokens.size());
   SimtOutcome first;
   for (int seed = 0; seed < seeds; ++seed) {
-    const SimtOutcome o = run_on<dtype, kTileN, kStages>(program, options, uint64_t(seed) * 1000);
+    const SimtOutcome o = run_on<dtype, kTileN, kStages, kMathGroups>(program, options, uint64_t(seed) * 1000);
     const std::string trouble = trouble_of(o, program);
     check(trouble.empty(), what + ", seed " + std::to_string(seed) + ": " + trouble);
     if (seed == 0) first = o;
     check(o.y == first.y, what + ", seed " + std::to_string(seed) + ": other bits than with the first seed");
   }
+  return first;
 }
 
 template <DType dtype>
@@ -67,9 +68,21 @@ void long_sums_and_full_blocks() {
 void tile_shapes() {
   const Layer layer({.hidden_size = 136, .intermediate_size = 152, .num_experts = 2, .bias = true, .dtype = DType::kBFloat16}, 5);
   const Program program = program_of(layer, {40, 31}, 70);
-  check_seeds<DType::kBFloat16, 256, 4>(program, {}, 2, "256 weight rows a tile");
-  check_seeds<DType::kBFloat16, 192, 4>(program, {}, 1, "192");
+  check_seeds<DType::kBFloat16, 256>(program, {}, 2, "256 weight rows a tile");
+  check_seeds<DType::kBFloat16, 192>(program, {}, 1, "192");
   check_seeds<DType::kBFloat16, 128, 6>(program, {}, 1, "128");
+}
+
+// The tiles for few rows: in one pass, in two where a block has more, and with the bits of the wide ones.
+void narrow_and_wide() {
+  const Layer layer({.hidden_size = 200, .intermediate_size = 136, .num_experts = 3, .bias = true, .dtype = DType::kBFloat16}, 9);
+  for (int num_tokens : {1, 9, 97}) {
+    const Program program = program_of(layer, {num_tokens, 5}, 100, Skew::kOneExpert);
+    const std::string what = std::to_string(num_tokens) + " tokens";
+    const SimtOutcome narrow = check_seeds<DType::kBFloat16, 64, 13, 1>(program, {.blocks_per_rank = 2}, 2, "narrow, " + what);
+    const SimtOutcome wide = check_seeds<DType::kBFloat16, 256>(program, {}, 1, "wide, " + what);
+    check(narrow.y == wide.y, "narrow and wide, bits of " + what);
+  }
 }
 
 // A row's bits must not depend on the block's other rows, be they few, many or not numbers.
@@ -143,7 +156,7 @@ void check_called(const std::string& plant, const std::vector<std::string>& name
   const Program program = program_of(layer, {12}, 95);
   int called = 0;
   for (int seed = 0; seed < seeds; ++seed) {
-    const std::string trouble = trouble_of(run_on<DType::kBFloat16, 64, 4, PipelineOf>(program, {.ep_size = 1}, seed), program);
+    const std::string trouble = trouble_of(run_on<DType::kBFloat16, 64, 4, 2, PipelineOf>(program, {.ep_size = 1}, seed), program);
     const bool named = std::any_of(names.begin(), names.end(), [&](const std::string& name) { return trouble.find(name) != std::string::npos; });
     called += named;
     check(trouble.empty() || named, plant + ", seed " + std::to_string(seed) + ", called: " + trouble);
@@ -166,6 +179,7 @@ int main() {
   run_test("RanksAndBlocks", ranks_and_blocks);
   run_test("LongSumsAndFullBlocks", long_sums_and_full_blocks);
   run_test("TileShapes", tile_shapes);
+  run_test("NarrowAndWide", narrow_and_wide);
   run_test("BitsDoNotDependOnCompany", bits_do_not_depend_on_company);
   run_test("UnfitWidthsAreRefused", unfit_widths_are_refused);
   run_test("PlantedFaults", planted_faults);
