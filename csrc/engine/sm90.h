@@ -38,17 +38,19 @@ class Sm90Engine {
   static constexpr int kHiddenBytes = dtype_bytes(dtype);
   static_assert(kBlockM % kRows == 0 && kTileN % 64 == 0 && kTileN <= 256);
 
+  static constexpr uint32_t kPiecesAhead = 2;  // of the crew, that the loaders may be
   using Pipeline = PipelineOf<kStages, 2, kCrewWarps>;
   using Stage = Sm90Stage<kTileN, kRows>;
   using Tile = Sm90Tile<kTileN>;
   using Loaders = Sm90Loaders<Stage, Pipeline>;
   using Sums = Sm90Sums<dtype, kTileN>;
   using Operands = Sm90Operands;
-  static_assert(Loaders::kWarps == kLoaderWarps);
+  static_assert(Loaders::kWarps == kLoaderWarps && Pipeline::kTables > kPiecesAhead);
 
   struct Shared {
     Stage stage[kStages];
-    const std::byte* row[kRows];  // of the gathering warps
+    const std::byte* row[kRows];  // of the gathering warps: where the rows of their pass lie
+    std::byte* result[Pipeline::kTables][kBlockM];  // where the rows of a tile go, found by them too
     Pipeline pipeline;
 
     FLASHMOE_DEVICE void init() { pipeline.init(); }
@@ -75,25 +77,27 @@ class Sm90Engine {
   template <class P>
   FLASHMOE_DEVICE void load(int loader, const Context<P>& c, const TileShape& tiles, const Work& work, Shared& shared,
                             const Operands* operands) {
-    if (work.kind == WorkKind::kUpTile) {
+    const uint32_t slot = uint32_t(work.index);
+    const auto hidden = [&](int row) { return hidden_row(c, work, row); };
+    if (work.kind == WorkKind::kUpTile)
       load_tile(loader, Tile::up(c, tiles, work, &operands->gate_up), shared,
-                [&](int row) { return token_row(c, uint32_t(work.index), uint32_t(row)); });
-    } else if (work.kind == WorkKind::kDownTile) {
-      load_tile(loader, Tile::down(c, tiles, work, &operands->down), shared,
-                [&](int row) -> const std::byte* { return hidden_row(c, work, row); });
-    }
+                [&](int row) { return token_row(c, slot, uint32_t(row)); }, hidden);
+    else if (work.kind == WorkKind::kDownTile)
+      load_tile(loader, Tile::down(c, tiles, work, &operands->down), shared, hidden,
+                [&](int row) { return result_row(c, slot, uint32_t(row)); });
   }
 
   template <class Group, class P>
   FLASHMOE_DEVICE void up_tile(const Group& group, const Context<P>& c, const TileShape& tiles, const Work& work,
                                Shared& shared) {
     const Tile tile = Tile::up(c, tiles, work, nullptr);
+    std::byte* const* results = next_table(shared);
     for (int pass = 0; pass < passes_of(tile); ++pass) {
       typename Sums::Sums sums;
       if (!multiply(group, tile, pass, shared, sums)) continue;
       Sums::template activate<0>(sums, c.call.activation);
       std::byte* rows[2];
-      find_rows(group, tile, pass, rows, [&](int row) { return hidden_row(c, work, row); });
+      find_rows(group, tile, pass, results, rows);
       if (c.call.gated) {
         Sums::multiply_halves(sums);
       } else {
@@ -108,11 +112,12 @@ class Sm90Engine {
   FLASHMOE_DEVICE void down_tile(const Group& group, const Context<P>& c, const TileShape& tiles, const Work& work,
                                  Shared& shared) {
     const Tile tile = Tile::down(c, tiles, work, nullptr);
+    std::byte* const* results = next_table(shared);
     for (int pass = 0; pass < passes_of(tile); ++pass) {
       typename Sums::Sums sums;
       if (!multiply(group, tile, pass, shared, sums)) continue;
       std::byte* rows[2];
-      find_rows(group, tile, pass, rows, [&](int row) { return result_row(c, uint32_t(work.index), uint32_t(row)); });
+      find_rows(group, tile, pass, results, rows);
       Sums::template store<0>(sums, rows, tile.cols[0]);
       store_second_half(sums, rows, tile);
     }
@@ -131,11 +136,18 @@ class Sm90Engine {
   FLASHMOE_HD static int steps_of(const Tile& tile) { return ceil_div(tile.depth, kStepColumns); }
   FLASHMOE_HD static int passes_of(const Tile& tile) { return kRows == kBlockM ? 1 : ceil_div(tile.num_rows, kRows); }
 
-  template <class Address>
-  FLASHMOE_DEVICE void load_tile(int loader, const Tile& tile, Shared& shared, const Address& address) {
+  // Of result rows, for the next tile; by all that load or compute it. It is whole when the first stage is full.
+  FLASHMOE_DEVICE std::byte** next_table(Shared& shared) { return shared.result[Pipeline::table_of(num_tiles_++)]; }
+
+  template <class Address, class Result>
+  FLASHMOE_DEVICE void load_tile(int loader, const Tile& tile, Shared& shared, const Address& address,
+                                 const Result& result) {
     if (loader == Loaders::kGatherWarps)
       return Loaders::fetch_weights(shared.pipeline, shared.stage, turn_, tile, passes_of(tile), steps_of(tile),
                                     kStepColumns, kWeightHint);
+    std::byte** results = next_table(shared);
+    for (int row = 32 * loader + gpu::lane(); row < tile.num_rows; row += 32 * Loaders::kGatherWarps)
+      results[row] = result(row);
     for (int first = 0; first < tile.num_rows; first += kRows)
       Loaders::gather_rows(shared.pipeline, shared.stage, turn_, shared.row, loader,
                            tile.num_rows - first < kRows ? tile.num_rows - first : kRows,
@@ -164,13 +176,13 @@ class Sm90Engine {
   }
 
   // Where the tile begins in each of the two rows that a thread holds, or null where the block has no such row.
-  template <class Group, class Address>
-  FLASHMOE_DEVICE static void find_rows(const Group& group, const Tile& tile, int pass, std::byte* (&rows)[2],
-                                        const Address& address) {
+  template <class Group>
+  FLASHMOE_DEVICE static void find_rows(const Group& group, const Tile& tile, int pass, std::byte* const* results,
+                                        std::byte* (&rows)[2]) {
     FLASHMOE_UNROLL
     for (int i = 0; i < 2; ++i) {
       const int row = pass * kRows + group.rank() / 128 * 64 + gpu::wgmma_row(group.rank(), 2 * i);
-      rows[i] = row < tile.num_rows ? address(row) + size_t(tile.begin) * dtype_bytes(dtype) : nullptr;
+      rows[i] = row < tile.num_rows ? results[row] + size_t(tile.begin) * dtype_bytes(dtype) : nullptr;
     }
   }
   template <class P>
@@ -179,6 +191,7 @@ class Sm90Engine {
   }
 
   typename Pipeline::Turn turn_;
+  uint32_t num_tiles_ = 0;
 };
 
 // For many rows an expert, and for few.

@@ -23,6 +23,7 @@ template <int kStages_, int kGatherWarps, int kMathWarps>
 class Sm90Pipeline {
  public:
   static constexpr int kStages = kStages_;
+  static constexpr uint32_t kTables = 3;  // in turn: while one tile's is written, those of the two before may be read
   using Turn = Sm90Turn<kStages>;
 
   // By one thread; then sync_block.
@@ -30,6 +31,8 @@ class Sm90Pipeline {
     for (int s = 0; s < kStages; ++s) full_[s].init(kGatherWarps + 1), empty_[s].init(kMathWarps);
     gpu::fence_barrier_init();
   }
+
+  FLASHMOE_DEVICE static uint32_t table_of(uint32_t tile) { return tile % kTables; }
 
   // ---- Loaders.
   FLASHMOE_DEVICE void wait_empty(const Turn& turn) { empty_[turn.stage].wait(turn.parity ^ 1); }

@@ -19,6 +19,7 @@ namespace flashmoe::gpu {
 //
 // It may have loaders, warps that see all the work and fetch for the crew, ahead of it: kLoaderWarps, and if any
 //   load(loader, context, tiles, work, shared, operands)
+//   kPiecesAhead: of work, that it allows them to be ahead of the crew
 //   crew_begins(), others_begin(), where registers may move: the loaders and the agent fill whole warpgroups
 // Each thread keeps an engine of its own for the whole call, to remember where it is in what they share.
 template <class P, class E, class CrewGroup = Crew<E::kCrewWarps>>
@@ -28,6 +29,11 @@ class Worker {
   static constexpr int kThreads = 32 * (kAgentWarp + 1);
   static constexpr uint32_t kLookEveryRounds = 16;  // idle ones: a round is long beside a look
   using Operands = typename E::Operands;
+  static constexpr bool pieces_ahead_are_allowed() {
+    if constexpr (E::kLoaderWarps > 0) return WorkRing::kDepth <= E::kPiecesAhead;
+    return true;
+  }
+  static_assert(pieces_ahead_are_allowed());
 
   struct Shared {
     typename E::Shared engine;

@@ -150,6 +150,12 @@ struct NoFence : Sm90Pipeline<kStages, kGatherWarps, kMathWarps> {
   }
 };
 
+// One table of result rows, which the next tile's rows overwrite while this tile's are stored.
+template <int kStages, int kGatherWarps, int kMathWarps>
+struct OneTable : Sm90Pipeline<kStages, kGatherWarps, kMathWarps> {
+  static uint32_t table_of(uint32_t) { return 0; }
+};
+
 template <template <int, int, int> class PipelineOf>
 void check_called(const std::string& plant, const std::vector<std::string>& names, int seeds = 6) {
   const Layer layer({.hidden_size = 264, .intermediate_size = 40, .num_experts = 2, .dtype = DType::kBFloat16}, 8);
@@ -169,6 +175,7 @@ void planted_faults() {
   check_called<NoFence>("no fence after the gather", {"no fence_async_shared between"});
   check_called<NoWaitForEmpty>("stage used again before the math let go of it", {"which a wgmma that nobody waited for reads", "no wait or barrier between", "more arrivals at"});
   check_called<SumsTooEarly>("sums taken before wgmma_wait", {"times the tolerance", "accumulators were", "which a wgmma that nobody waited for reads"});
+  check_called<OneTable>("result rows of the next tile over those of this one", {"times the tolerance"});
 }
 
 }  // namespace
