@@ -31,7 +31,8 @@ class Processor {
     // Each tile releases its columns into the counter; the last arriver acquires them all and hands them on.
     if (work.kind == WorkKind::kUpTile) {
       if (P::fetch_sub(&block.up_tiles_left, 1) == 1)
-        push_down<P>(c_.ws.counters->down, c_.ws.down_entries, c_.ws.ring_blocks, uint32_t(work.index));
+        push_down<P>(c_.ws.counters->down, c_.ws.down_entries, num_down_places(c_.ws.ring_blocks),
+                     uint32_t(work.index));
     } else if (work.kind == WorkKind::kDownTile) {
       if (P::fetch_sub(&block.down_tiles_left, 1) == 1) return_rows(block, uint32_t(work.index));
     } else {
@@ -76,9 +77,10 @@ class Processor {
   FLASHMOE_ROLE Work next_tile() {
     Workspace& ws = c_.ws;
     TileTask task;
-    if (take_down<P>(ws.counters->down, ws.down_entries, ws.ring_blocks, tiles_.down_tiles, task))
+    if (take_down<P>(ws.counters->down, ws.down_entries, num_down_places(ws.ring_blocks), tiles_.down_tiles,
+                     down_ticket_, task))
       return {WorkKind::kDownTile, int32_t(task.ring_slot), task.tile};
-    if (take_up<P>(ws.counters->up, ws.ring_blocks, tiles_.up_tiles, task))
+    if (take_up<P>(ws.counters->up, ws.ring_blocks, tiles_.up_tiles, up_ticket_, task))
       return {WorkKind::kUpTile, int32_t(task.ring_slot), task.tile};
     return {};
   }
@@ -162,6 +164,7 @@ class Processor {
 
   Context<P> c_;
   TileShape tiles_;
+  uint32_t up_ticket_ = kNoTicket, down_ticket_ = kNoTicket;
   int combine_task_ = -1, combine_pair_ = 0;
 };
 

@@ -26,51 +26,66 @@ struct UpQueue {
 };
 
 // Blocks in the order in which their up tiles ended. Entry p is (p + 1) << 32 | ring slot, so that a reader
-// sees at once whether it is the entry it looks for. It is not overwritten before all its tickets are taken:
-// no more than ring_blocks blocks are under way.
+// sees at once whether it is the entry it looks for.
 struct DownQueue {
   uint32_t tail;
   uint32_t head;
 };
+
+// Entry p lies at place p % num_down_places, and may not be overwritten before all its tickets are turned into tiles.
+// A block is not published before the one ring_blocks before it is done. So if block b, the p-th to end its up tiles,
+// is not done, all that ended so far are among the first b + ring_blocks; and all but ring_blocks - 1 of those before b
+// had ended when it did: b < p + ring_blocks. Hence no entry from p + 2 · ring_blocks on was written yet.
+FLASHMOE_HD constexpr uint32_t num_down_places(uint32_t ring_blocks) { return 2 * ring_blocks; }
 
 struct TileTask {
   uint32_t ring_slot;
   int32_t tile;
 };
 
+// Tickets are drawn by adding: a worker never tries again because another was faster, as comparing and exchanging would
+// have it do, one success to each round of all who try. So a worker may draw one whose block is not there yet, when
+// others drew the last that was. It keeps that ticket until the block comes, or the call ends.
+inline constexpr uint32_t kNoTicket = ~0u;
+
 // Takes the next up tile if it is runnable.
 template <class P>
-FLASHMOE_ROLE bool take_up(UpQueue& queue, uint32_t ring_blocks, uint32_t tiles, TileTask& task) {
-  while (true) {
-    const uint32_t ticket = P::load_acquire(&queue.head);
-    const uint32_t block = ticket / tiles;
-    if (block >= P::load_acquire(&queue.published)) return false;
-    if (!P::compare_exchange(&queue.head, ticket, ticket + 1)) continue;
-    task = {block % ring_blocks, int32_t(ticket % tiles)};
-    return true;
+FLASHMOE_ROLE bool take_up(UpQueue& queue, uint32_t ring_blocks, uint32_t tiles, uint32_t& ticket, TileTask& task) {
+  uint32_t published = P::load_acquire(&queue.published);
+  if (ticket == kNoTicket) {
+    if (P::load_acquire(&queue.head) / tiles >= published) return false;
+    ticket = P::fetch_add(&queue.head, 1);
   }
+  const uint32_t block = ticket / tiles;
+  if (block >= published) return false;
+  task = {block % ring_blocks, int32_t(ticket % tiles)};
+  ticket = kNoTicket;
+  return true;
 }
 
 template <class P>
-FLASHMOE_ROLE bool take_down(DownQueue& queue, uint64_t* entries, uint32_t ring_blocks, uint32_t tiles, TileTask& task) {
-  while (true) {
-    const uint32_t ticket = P::load_acquire(&queue.head);
-    const uint32_t position = ticket / tiles;
-    const uint64_t entry = P::load_acquire(&entries[position % ring_blocks]);
-    if (entry >> 32 != position + 1) {
-      if (P::load_acquire(&queue.head) != ticket) continue;  // it was taken, and its place used again
-      return false;
+FLASHMOE_ROLE bool take_down(DownQueue& queue, const uint64_t* entries, uint32_t places, uint32_t tiles,
+                             uint32_t& ticket, TileTask& task) {
+  const bool looks = ticket == kNoTicket;
+  uint32_t position = (looks ? P::load_acquire(&queue.head) : ticket) / tiles;
+  uint64_t entry = P::load_acquire(&entries[position % places]);
+  if (entry >> 32 != position + 1) return false;
+  if (looks) {
+    ticket = P::fetch_add(&queue.head, 1);
+    if (ticket / tiles != position) {
+      position = ticket / tiles, entry = P::load_acquire(&entries[position % places]);
+      if (entry >> 32 != position + 1) return false;
     }
-    if (!P::compare_exchange(&queue.head, ticket, ticket + 1)) continue;
-    task = {uint32_t(entry), int32_t(ticket % tiles)};
-    return true;
   }
+  task = {uint32_t(entry), int32_t(ticket % tiles)};
+  ticket = kNoTicket;
+  return true;
 }
 
 template <class P>
-FLASHMOE_ROLE void push_down(DownQueue& queue, uint64_t* entries, uint32_t ring_blocks, uint32_t ring_slot) {
+FLASHMOE_ROLE void push_down(DownQueue& queue, uint64_t* entries, uint32_t places, uint32_t ring_slot) {
   const uint32_t position = P::fetch_add(&queue.tail, 1);
-  P::store_release(&entries[position % ring_blocks], uint64_t(position + 1) << 32 | ring_slot);
+  P::store_release(&entries[position % places], uint64_t(position + 1) << 32 | ring_slot);
 }
 
 }  // namespace flashmoe

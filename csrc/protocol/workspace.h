@@ -74,7 +74,7 @@ struct Workspace {
   uint32_t* next_block;    // [num_local_experts] blocks published so far
   RowBlock* ring;          // [ring_blocks]
   uint32_t* ring_free;     // [ring_blocks] sequence number of the block that may use the slot next
-  uint64_t* down_entries;  // [ring_blocks]
+  uint64_t* down_entries;  // [num_down_places]
   float* hidden;           // [ring_blocks, kBlockM, hidden_stride] activated up-tile outputs, of the engine's type
 
   // Only where peers are not mapped: what travels, until it has landed.
@@ -119,7 +119,7 @@ struct Workspace {
     region(next_block, local);
     region(ring, ring_blocks);
     region(ring_free, ring_blocks);
-    region(down_entries, ring_blocks);
+    region(down_entries, num_down_places(ring_blocks));
     region(hidden, ring_blocks * kBlockM * hidden_stride);
     region(packet_stage, machine.staged ? (ep_size - 1) * (layout.header_stride + layout.inbox_stride) : 0);
     region(result_stage, machine.staged ? ring_blocks * kBlockM * call.row_bytes() : 0);
@@ -136,7 +136,8 @@ struct Workspace {
     }
     for (int i = group.rank(); i < call.ep_size; i += group.size()) num_chunks[i] = chunks_ready[i] = 0;
     for (int e = group.rank(); e < call.num_local_experts(); e += group.size()) row_offset[e] = next_block[e] = 0;
-    for (uint32_t r = group.rank(); r < ring_blocks; r += group.size()) ring_free[r] = r, down_entries[r] = 0;
+    for (uint32_t r = group.rank(); r < ring_blocks; r += group.size()) ring_free[r] = r;
+    for (uint32_t p = group.rank(); p < num_down_places(ring_blocks); p += group.size()) down_entries[p] = 0;
   }
 };
 

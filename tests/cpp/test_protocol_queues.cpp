@@ -1,5 +1,5 @@
 // The ready queues under contention: every tile is taken once, a block's down tiles only after all its up tiles,
-// and no entry is overwritten while one of its tickets is still to be taken.
+// and no entry is overwritten while one of its tickets is still to be turned into a tile.
 #include <memory>
 
 #include "harness.h"
@@ -13,16 +13,11 @@ using namespace flashmoe::test;
 
 // Gives the core away between looking at a word and acting on it, where a race would show.
 struct Yielding : HostPlatform {
-  static bool compare_exchange(uint32_t* word, uint32_t expected, uint32_t desired) {
+  static uint32_t fetch_add(uint32_t* word, uint32_t n) {
     sched_yield();
-    return HostPlatform::compare_exchange(word, expected, desired);
-  }
-};
-struct BlindCompareExchange : HostPlatform {
-  static bool compare_exchange(uint32_t* word, uint32_t, uint32_t desired) {
+    const uint32_t before = HostPlatform::fetch_add(word, n);
     sched_yield();
-    store_release(word, desired);
-    return true;
+    return before;
   }
 };
 struct TornFetchAdd : HostPlatform {
@@ -49,9 +44,10 @@ struct Sizes {
 // A lost tile shows as a queue that stands still for longer than `patience_ns`.
 template <class P>
 bool every_tile_once(const Sizes& s, uint64_t patience_ns = 20'000'000'000) {
+  const uint32_t places = num_down_places(s.ring_blocks);
   UpQueue up{};
   DownQueue down{};
-  std::vector<uint64_t> entries(s.ring_blocks, 0);
+  std::vector<uint64_t> entries(places, 0);
   std::vector<uint32_t> ring_free(s.ring_blocks), block_in(s.ring_blocks), up_left(s.ring_blocks), down_left(s.ring_blocks);
   for (uint32_t r = 0; r < s.ring_blocks; ++r) ring_free[r] = r;
   auto up_taken = std::make_unique<std::atomic<int>[]>(s.blocks * s.up_tiles);
@@ -67,9 +63,9 @@ bool every_tile_once(const Sizes& s, uint64_t patience_ns = 20'000'000'000) {
     HostPlatform::store_release(&up.published, block + 1);
     return true;
   };
-  auto work = [&] {
+  auto work = [&](uint32_t& up_ticket, uint32_t& down_ticket) {
     TileTask task;
-    if (take_down<P>(down, entries.data(), s.ring_blocks, s.down_tiles, task)) {
+    if (take_down<P>(down, entries.data(), places, s.down_tiles, down_ticket, task)) {
       const uint32_t slot = task.ring_slot, block = HostPlatform::load_acquire(&block_in[slot]);
       if (HostPlatform::load_acquire(&up_left[slot]) != 0) wrong = true;
       if (down_taken[block * s.down_tiles + task.tile].fetch_add(1) != 0) wrong = true;
@@ -79,17 +75,18 @@ bool every_tile_once(const Sizes& s, uint64_t patience_ns = 20'000'000'000) {
       }
       return true;
     }
-    if (!take_up<P>(up, s.ring_blocks, s.up_tiles, task)) return false;
+    if (!take_up<P>(up, s.ring_blocks, s.up_tiles, up_ticket, task)) return false;
     const uint32_t slot = task.ring_slot, block = HostPlatform::load_acquire(&block_in[slot]);
     if (up_taken[block * s.up_tiles + task.tile].fetch_add(1) != 0) wrong = true;
-    if (HostPlatform::fetch_sub(&up_left[slot], 1) == 1) push_down<P>(down, entries.data(), s.ring_blocks, slot);
+    if (HostPlatform::fetch_sub(&up_left[slot], 1) == 1) push_down<P>(down, entries.data(), places, slot);
     return true;
   };
 
   std::atomic<uint64_t> last_progress{HostPlatform::now_ns()};
   on_threads(s.workers, [&](int worker) {
+    uint32_t up_ticket = kNoTicket, down_ticket = kNoTicket;
     for (uint32_t rounds = 0; returned < s.blocks && !wrong;) {
-      const bool progress = (worker == 0 && publish()) | work();
+      const bool progress = (worker == 0 && publish()) | work(up_ticket, down_ticket);
       const uint64_t last = last_progress, now = HostPlatform::now_ns();
       if (progress) rounds = 0, last_progress = now;
       if (now > last + patience_ns) wrong = true;
@@ -99,9 +96,10 @@ bool every_tile_once(const Sizes& s, uint64_t patience_ns = 20'000'000'000) {
   bool once = !wrong && returned == s.blocks;
   for (uint32_t i = 0; i < s.blocks * s.up_tiles; ++i) once = once && up_taken[i] == 1;
   for (uint32_t i = 0; i < s.blocks * s.down_tiles; ++i) once = once && down_taken[i] == 1;
+  uint32_t ticket = kNoTicket;
   TileTask task;
-  return once && !take_up<P>(up, s.ring_blocks, s.up_tiles, task) &&
-         !take_down<P>(down, entries.data(), s.ring_blocks, s.down_tiles, task);
+  return once && !take_up<P>(up, s.ring_blocks, s.up_tiles, ticket, task) &&
+         !take_down<P>(down, entries.data(), places, s.down_tiles, ticket, task);
 }
 
 constexpr Sizes kSizes[] = {{1, 1, 1, 1, 3}, {300, 1, 3, 2, 3}, {500, 2, 1, 1, 4}, {400, 3, 5, 7, 4}, {600, 32, 4, 2, 3}};
@@ -129,20 +127,39 @@ void contention() {
 void nothing_to_take() {
   UpQueue up{};
   DownQueue down{};
-  uint64_t entries[2] = {};
+  uint64_t entries[4] = {};
   TileTask task{7, 7};
-  check(!take_up<HostPlatform>(up, 2, 3, task) && !take_down<HostPlatform>(down, entries, 2, 3, task), "empty queues");
+  uint32_t ticket = kNoTicket;
+  const auto up_tile = [&] { return take_up<HostPlatform>(up, 2, 3, ticket, task); };
+  const auto down_tile = [&] { return take_down<HostPlatform>(down, entries, 4, 3, ticket, task); };
+  check(!up_tile() && !down_tile(), "empty queues");
   check(up.head == 0 && down.head == 0 && task.tile == 7, "a look at an empty queue changes nothing");
   up.published = 1;
-  for (int tile = 0; tile < 3; ++tile)
-    check(take_up<HostPlatform>(up, 2, 3, task) && task.ring_slot == 0 && task.tile == tile, "tiles of a block in turn");
-  check(!take_up<HostPlatform>(up, 2, 3, task) && up.head == 3, "no tile of a block that is not published");
-  push_down<HostPlatform>(down, entries, 2, 1);
-  push_down<HostPlatform>(down, entries, 2, 0);
-  for (uint32_t slot : {1u, 1u, 1u, 0u, 0u, 0u})
-    check(take_down<HostPlatform>(down, entries, 2, 3, task) && task.ring_slot == slot, "down tiles in the order of their blocks' ends");
-  // The place of position 0 holds its old entry; position 2 is not there yet.
-  check(!take_down<HostPlatform>(down, entries, 2, 3, task), "a used entry is not taken again");
+  for (int tile = 0; tile < 3; ++tile) check(up_tile() && task.ring_slot == 0 && task.tile == tile, "tiles of a block in turn");
+  check(!up_tile() && up.head == 3, "no tile of a block that is not published");
+  push_down<HostPlatform>(down, entries, 4, 1);
+  push_down<HostPlatform>(down, entries, 4, 0);
+  for (uint32_t slot : {1u, 1u, 1u, 0u, 0u, 0u}) check(down_tile() && task.ring_slot == slot, "down tiles in the order of their blocks' ends");
+  check(!down_tile() && ticket == kNoTicket, "a used entry is not taken again");
+}
+
+// A ticket drawn too early stays with its worker, and becomes the tile that it names.
+void early_tickets() {
+  constexpr uint32_t kPlaces = num_down_places(2);
+  UpQueue up{.published = 1, .head = 3};
+  uint32_t ticket = 3;
+  TileTask task{7, 7};
+  check(!take_up<HostPlatform>(up, 2, 3, ticket, task) && ticket == 3 && up.head == 3, "its block is not published");
+  up.published = 2, up.head = 5;
+  check(take_up<HostPlatform>(up, 2, 3, ticket, task) && task.ring_slot == 1 && task.tile == 0, "the tile of an early ticket");
+  check(ticket == kNoTicket && up.head == 5, "and no other");
+  DownQueue down{.tail = 0, .head = 2};
+  uint64_t entries[kPlaces] = {};
+  ticket = 1;
+  check(!take_down<HostPlatform>(down, entries, kPlaces, 3, ticket, task) && ticket == 1, "its block has up tiles left");
+  for (uint32_t slot : {1u, 0u, 1u, 0u}) push_down<HostPlatform>(down, entries, kPlaces, slot);
+  check(take_down<HostPlatform>(down, entries, kPlaces, 3, ticket, task) && task.ring_slot == 1 && task.tile == 1,
+        "the first entry, after as many more as can be under way");
 }
 
 }  // namespace
@@ -150,9 +167,9 @@ void nothing_to_take() {
 int main() {
   run_test("TicketAndRingReuse", contention);
   run_test("NothingToTake", nothing_to_take);
+  run_test("EarlyTickets", early_tickets);
   run_test("PlantedRaces", [] {
-    check_caught(caught_in_time<BlindCompareExchange>(), "a ticket taken without comparing");
-    check_caught(caught_in_time<TornFetchAdd>(), "two blocks pushed to one place");
+    check_caught(caught_in_time<TornFetchAdd>(), "a ticket drawn twice, or two blocks pushed to one place");
     check_caught(caught_in_time<EntryBeforeItsPlace>(), "entries that do not say which they are");
   });
   return finish();
