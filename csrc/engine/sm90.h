@@ -73,18 +73,24 @@ class Sm90Engine {
   }
   static_assert(kMathGroups <= 2 && 2 * 200 + 104 <= 3 * 168);
 
+  FLASHMOE_DEVICE static void prefetch(const Operands* operands) {
+    if (gpu::lane() == 0) gpu::prefetch_tensor_map(&operands->gate_up), gpu::prefetch_tensor_map(&operands->down);
+  }
+
   // By each warp of the loaders.
-  template <class P>
+  template <class P, class Ask>
   FLASHMOE_DEVICE void load(int loader, const Context<P>& c, const TileShape& tiles, const Work& work, Shared& shared,
-                            const Operands* operands) {
+                            const Operands* operands, const Ask& ask) {
     const uint32_t slot = uint32_t(work.index);
     const auto hidden = [&](int row) { return hidden_row(c, work, row); };
     if (work.kind == WorkKind::kUpTile)
       load_tile(loader, Tile::up(c, tiles, work, &operands->gate_up), shared,
-                [&](int row) { return token_row(c, slot, uint32_t(row)); }, hidden);
+                [&](int row) { return token_row(c, slot, uint32_t(row)); }, hidden, ask);
     else if (work.kind == WorkKind::kDownTile)
       load_tile(loader, Tile::down(c, tiles, work, &operands->down), shared, hidden,
-                [&](int row) { return result_row(c, slot, uint32_t(row)); });
+                [&](int row) { return result_row(c, slot, uint32_t(row)); }, ask);
+    else if (loader == Loaders::kGatherWarps && gpu::lane() == 0)
+      ask();
   }
 
   template <class Group, class P>
@@ -139,12 +145,12 @@ class Sm90Engine {
   // Of result rows, for the next tile; by all that load or compute it. It is whole when the first stage is full.
   FLASHMOE_DEVICE std::byte** next_table(Shared& shared) { return shared.result[Pipeline::table_of(num_tiles_++)]; }
 
-  template <class Address, class Result>
+  template <class Address, class Result, class Ask>
   FLASHMOE_DEVICE void load_tile(int loader, const Tile& tile, Shared& shared, const Address& address,
-                                 const Result& result) {
+                                 const Result& result, const Ask& ask) {
     if (loader == Loaders::kGatherWarps)
       return Loaders::fetch_weights(shared.pipeline, shared.stage, turn_, tile, passes_of(tile), steps_of(tile),
-                                    kStepColumns, kWeightHint);
+                                    kStepColumns, kWeightHint, ask);
     std::byte** results = next_table(shared);
     for (int row = 32 * loader + gpu::lane(); row < tile.num_rows; row += 32 * Loaders::kGatherWarps)
       results[row] = result(row);

@@ -23,13 +23,18 @@ struct Sm90Loaders {
   // The math lets a stage go with the next one's products under way: for that, the next must have been announced.
   static_assert(kLag + 2 <= Pipeline::kStages, "else all wait for each other");
 
-  // By one warp: the weights of all steps of a tile, once for each pass over its rows.
-  template <class Tile>
+  // By one warp: the weights of all steps of a tile, once for each pass over its rows. Asks for more work when no more
+  // steps are left than there are stages, all of which are still to be multiplied then: time enough to decide on it.
+  template <class Tile, class Ask>
   FLASHMOE_DEVICE static void fetch_weights(Pipeline& pipeline, Stage* stages, Turn& turn, const Tile& tile, int passes,
-                                            int steps, int step_columns, gpu::CacheHint hint) {
+                                            int steps, int step_columns, gpu::CacheHint hint, const Ask& ask) {
+    int left = passes * steps;
+    bool asked = false;
     for (int pass = 0; pass < passes; ++pass)
       for (int step = 0; step < steps; ++step, turn.next()) {
         if (gpu::lane() != 0) continue;
+        if (!asked && left <= Pipeline::kStages) ask(), asked = true;
+        --left;
         pipeline.wait_empty(turn);
         gpu::Barrier* full = pipeline.expect_weights(turn, sizeof(Stage::weights));
         std::byte* to = stages[turn.stage].weights;

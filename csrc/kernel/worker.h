@@ -18,7 +18,9 @@ namespace flashmoe::gpu {
 // All threads have read the shared memory of one tile before any of them writes that of the next.
 //
 // It may have loaders, warps that see all the work and fetch for the crew, ahead of it: kLoaderWarps, and if any
-//   load(loader, context, tiles, work, shared, operands)
+//   load(loader, context, tiles, work, shared, operands, ask): one thread of them all calls ask(), when it is time to
+//       look for the next piece of work
+//   prefetch(operands), by each of their warps before all else
 //   kPiecesAhead: of work, that it allows them to be ahead of the crew
 //   crew_begins(), others_begin(), where registers may move: the loaders and the agent fill whole warpgroups
 // Each thread keeps an engine of its own for the whole call, to remember where it is in what they share.
@@ -86,15 +88,16 @@ class Worker {
     while (!lanes.broadcast(uint32_t(lanes.rank() == 0 && agent.failed()))) {
       bool progress = subscribes && agent.subscriber.step(lanes);
       progress |= schedules && agent.scheduler.step(lanes);
-      const bool decided =
-          work.kind != WorkKind::kNone || agent.dispatcher.next(lanes, work) || agent.processor.next(lanes, work);
+      const bool wanted = shared_.ring.is_wanted(posted);
+      const bool decided = work.kind != WorkKind::kNone ||
+                           (wanted && (agent.dispatcher.next(lanes, work) || agent.processor.next(lanes, work)));
       if (decided && shared_.ring.post(posted, work)) work = {}, ++posted, progress = true;
       if (progress) {
         idle_rounds = 0;
         if (lanes.rank() == 0) agent.note_progress();
         continue;
       }
-      if (!decided && agent.done(lanes)) break;
+      if (wanted && !decided && agent.done(lanes)) break;
       P::pause(++idle_rounds);
       if (subscribes && idle_rounds % kLookEveryRounds == 0) agent.look_for_trouble(lanes);
     }
@@ -115,10 +118,12 @@ class Worker {
   // The loaders' warps.
   FLASHMOE_DEVICE void load(const Operands* operands) {
     E engine;
+    E::prefetch(operands);
     for (uint32_t n = 0;; ++n) {
       const Work work = shared_.ring.take(n);
       if (work.kind == WorkKind::kStop) return;
-      engine.load(warp_in_block() - E::kCrewWarps, c_, tiles_, work, shared_.engine, operands);
+      engine.load(warp_in_block() - E::kCrewWarps, c_, tiles_, work, shared_.engine, operands,
+                  [&] { shared_.ring.ask(); });
     }
   }
 
@@ -130,6 +135,7 @@ class Worker {
     Processor<P> processor(c_, tiles_);
     for (uint32_t n = 0;; ++n) {
       const Work work = shared_.ring.take(n);
+      if (E::kLoaderWarps == 0 && group.rank() == 0) shared_.ring.ask();
       switch (work.kind) {
         case WorkKind::kStop: return give_up_y(group);
         case WorkKind::kPlan:

@@ -1,5 +1,6 @@
 // The GPU's whole kernel, its own source, on fibers: roles, agent and crew, the exact engine, W virtual ranks as one
 // grid; over many seeds against the layer's definition.
+#include "simt_run.h"
 #include "simt_team.h"
 
 namespace {
@@ -126,9 +127,30 @@ void bits() {
   }
 }
 
+// An agent learns that a piece of work is wanted when it has been asked for, and not before.
+void work_is_asked_for() {
+  int asked_for = 0;  // pieces
+  on_seeds(20, 1, 64, sizeof(gpu::WorkRing), [&] {
+    auto& ring = *reinterpret_cast<gpu::WorkRing*>(gpu::shared_memory());
+    if (gpu::thread_in_block() == 0) ring.init(1), asked_for = 1;
+    gpu::sync_block();
+    for (int n = 0; n < 6; ++n) {
+      if (gpu::warp_in_block() == 1) {
+        while (!ring.is_wanted(uint32_t(n))) gpu::sleep_ns(20);
+        expect(asked_for == n + 1);
+        while (!ring.post(uint32_t(n), {WorkKind::kUpTile, n, 0})) gpu::sleep_ns(20);
+        continue;
+      }
+      expect(ring.take(uint32_t(n)).index == n);
+      if (gpu::lane() == 0) ++asked_for, ring.ask();
+    }
+  });
+}
+
 }  // namespace
 
 int main() {
+  run_test("WorkIsAskedFor", work_is_asked_for);
   run_test("RanksAndBlocks", ranks_and_blocks);
   run_test("DtypesAndActivations", dtypes_and_activations);
   run_test("SkewAndManyExpertsPerToken", skew_and_many_experts_per_token);
