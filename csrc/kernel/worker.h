@@ -30,6 +30,7 @@ class Worker {
   static constexpr int kAgentWarp = E::kCrewWarps + E::kLoaderWarps;
   static constexpr int kThreads = 32 * (kAgentWarp + 1);
   static constexpr uint32_t kLookEveryRounds = 16;  // idle ones: a round is long beside a look
+  static constexpr int kNearExperts = 256;          // as many the plan counts in shared memory
   using Operands = typename E::Operands;
   static constexpr bool pieces_ahead_are_allowed() {
     if constexpr (E::kLoaderWarps > 0) return WorkRing::kDepth <= E::kPiecesAhead;
@@ -40,6 +41,7 @@ class Worker {
   struct Shared {
     typename E::Shared engine;
     WorkRing ring;
+    uint32_t dealt[E::kCrewWarps * kNearExperts];
     alignas(16) std::byte rank[round_up(sizeof(RankState), 16)];
   };
 
@@ -57,6 +59,8 @@ class Worker {
     }
     sync_block();
     RankState& rank = *reinterpret_cast<RankState*>(shared.rank);
+    if (thread_in_block() == 0 && rank.call.num_experts <= kNearExperts) rank.workspace.dealt = shared.dealt;
+    sync_block();
     P platform(rank.call.ep_rank, rank.heaps);
     const Context<P> context{rank.call, rank.layout, rank.workspace, platform};
     Worker worker(context, shared, block() % blocks, blocks);

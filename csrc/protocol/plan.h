@@ -7,37 +7,79 @@
 
 namespace flashmoe {
 
+// Items that a thread looks up at a time: on a GPU each look is a walk to memory, and these walk together.
+inline constexpr int kPlanAtOnce = 4;
+
+// Calls store(i, load(i)) for each i in [begin, end), the loads ahead of the stores.
+template <ThreadGroup Group, class Load, class Store>
+FLASHMOE_ROLE void load_and_store(const Group& group, uint32_t begin, uint32_t end, const Load& load,
+                                  const Store& store) {
+  for (uint32_t first = begin + group.rank(); first < end; first += kPlanAtOnce * group.size()) {
+    decltype(load(begin)) loaded[kPlanAtOnce];
+    for (int i = 0; i < kPlanAtOnce; ++i) {
+      const uint32_t item = first + i * group.size();
+      loaded[i] = load(item < end ? item : first);
+    }
+    for (int i = 0; i < kPlanAtOnce; ++i) {
+      const uint32_t item = first + i * group.size();
+      if (item < end) store(item, loaded[i]);
+    }
+  }
+}
+
+// A warp's share of `items`: whole steps of its lanes, so that few items keep few warps busy.
+struct Stretch {
+  uint32_t begin, end, warps;  // how many have a share
+
+  template <ThreadGroup Group>
+  FLASHMOE_ROLE Stretch(const Group& group, uint32_t items, uint32_t step) {
+    const uint32_t size = uint32_t(round_up(ceil_div<uint32_t>(items, group.num_warps()), step));
+    warps = size ? ceil_div(items, size) : 0;
+    begin = uint32_t(group.warp()) * size, end = begin + size;
+    begin = begin < items ? begin : items, end = end < items ? end : items;
+  }
+};
+
 // Counting sort of the (token, expert) pairs by expert position. Tokens stay in order inside a segment: each warp
 // sorts a stretch of the pairs, in order, and a position's rows are dealt to the warps in turn.
 template <ThreadGroup Group>
 FLASHMOE_ROLE void plan_segments(const Group& group, const Call& call, Workspace& ws) {
   const auto lanes = group.lanes();
-  const int pairs = call.num_tokens * call.top_k, experts = call.num_experts;
-  const int stretch = ceil_div(pairs, group.num_warps());
-  const int begin = group.warp() * stretch, end = begin + stretch < pairs ? begin + stretch : pairs;
+  const uint32_t pairs = uint32_t(call.num_tokens) * call.top_k, step = lanes.size();
+  const int experts = call.num_experts;
+  const Stretch mine(group, pairs, step);
   uint32_t* dealt = ws.dealt + size_t(group.warp()) * experts;
-  auto position_of = [&](int pair) {
-    const int expert = pair < end ? call.topk_ids[pair] : -1;
-    return expert < 0 ? -1 : call.expert_position[expert];
-  };
 
-  for (int p = lanes.rank(); p < experts; p += lanes.size()) dealt[p] = 0;
+  if (mine.begin < mine.end)
+    for (int p = lanes.rank(); p < experts; p += lanes.size()) dealt[p] = 0;
   lanes.sync();
-  for (int first = begin; first < end; first += lanes.size()) {
-    const int position = position_of(first + lanes.rank());
-    const Equals same = lanes.equals(uint32_t(position));
-    if (position >= 0 && same.before == 0) dealt[position] += same.all;
-    lanes.sync();
+  for (uint32_t first = mine.begin; first < mine.end; first += kPlanAtOnce * step) {
+    int32_t position[kPlanAtOnce];
+    for (int i = 0; i < kPlanAtOnce; ++i) {
+      const uint32_t pair = first + i * step + lanes.rank();
+      position[i] = pair < mine.end ? call.topk_ids[pair] : -1;
+    }
+    for (int32_t& p : position) p = p < 0 ? -1 : call.expert_position[p];
+    for (int i = 0; i < kPlanAtOnce && first + i * step < mine.end; ++i) {
+      const uint32_t pair = first + i * step + lanes.rank();
+      if (pair < mine.end) ws.result_row[pair] = position[i];  // for now
+      const Equals same = lanes.equals(uint32_t(position[i]));
+      if (position[i] >= 0 && same.before == 0) dealt[position[i]] += same.all;
+      lanes.sync();
+    }
   }
   group.sync();
 
   // From each warp's count to the rows of the warps before it; their sum is the segment's rows.
   for (int p = group.rank(); p < experts; p += group.size()) {
     uint32_t rows = 0;
-    for (int w = 0; w < group.num_warps(); ++w) {
-      uint32_t& count = ws.dealt[size_t(w) * experts + p];
-      const uint32_t before = rows;
-      rows += count, count = before;
+    for (uint32_t w = 0; w < mine.warps; w += kPlanAtOnce) {
+      uint32_t count[kPlanAtOnce];
+      for (uint32_t i = 0; i < kPlanAtOnce; ++i) count[i] = w + i < mine.warps ? ws.dealt[size_t(w + i) * experts + p] : 0;
+      for (uint32_t i = 0; i < kPlanAtOnce && w + i < mine.warps; ++i) {
+        ws.dealt[size_t(w + i) * experts + p] = rows;
+        rows += count[i];
+      }
     }
     ws.segment_row[p] = rows;
   }
@@ -57,19 +99,26 @@ FLASHMOE_ROLE void plan_segments(const Group& group, const Call& call, Workspace
   }
   group.sync();
 
-  for (int first = begin; first < end; first += lanes.size()) {
-    const int pair = first + lanes.rank(), position = position_of(pair);
-    const Equals same = lanes.equals(uint32_t(position));
-    if (position >= 0) {
-      const uint32_t row = ws.segment_row[position] + dealt[position] + same.before;
-      ws.result_row[pair] = int32_t(row);
-      ws.row_token[row] = uint32_t(pair / call.top_k);
-    } else if (pair < end) {
-      ws.result_row[pair] = -1;
+  for (uint32_t first = mine.begin; first < mine.end; first += kPlanAtOnce * step) {
+    int32_t position[kPlanAtOnce];
+    uint32_t row[kPlanAtOnce];
+    for (int i = 0; i < kPlanAtOnce; ++i) {
+      const uint32_t pair = first + i * step + lanes.rank();
+      position[i] = pair < mine.end ? ws.result_row[pair] : -1;
     }
-    lanes.sync();
-    if (position >= 0 && same.before == 0) dealt[position] += same.all;
-    lanes.sync();
+    for (int i = 0; i < kPlanAtOnce; ++i) row[i] = position[i] < 0 ? 0 : ws.segment_row[position[i]];
+    for (int i = 0; i < kPlanAtOnce && first + i * step < mine.end; ++i) {
+      const uint32_t pair = first + i * step + lanes.rank();
+      const Equals same = lanes.equals(uint32_t(position[i]));
+      const uint32_t before = position[i] < 0 ? 0 : dealt[position[i]];
+      lanes.sync();
+      if (position[i] >= 0) {
+        row[i] += before + same.before;
+        if (same.before == 0) dealt[position[i]] = before + same.all;
+        ws.result_row[pair] = int32_t(row[i]), ws.row_token[row[i]] = pair / uint32_t(call.top_k);
+      }
+      lanes.sync();
+    }
   }
   group.sync();
 }
@@ -79,48 +128,97 @@ FLASHMOE_HD inline uint32_t packet_entries(const Call& call, const Workspace& ws
   return ws.segment_row[call.rank_begin[destination + 1]] - ws.segment_row[call.rank_begin[destination]];
 }
 
-// Gives each token that goes to `d` one slot there, in the order in which d's experts need it, so that early experts
-// can start while late rows travel. One warp; `token_slot` is its scratch.
-template <LaneGroup Lanes>
-FLASHMOE_ROLE void plan_packet_slots(const Lanes& lanes, const Call& call, Workspace& ws, int d, int32_t* token_slot) {
-  const uint32_t begin = ws.segment_row[call.rank_begin[d]], end = ws.segment_row[call.rank_begin[d + 1]];
-  uint32_t slots = 0;
-  if (begin != end)
-    for (int t = lanes.rank(); t < call.num_tokens; t += lanes.size()) token_slot[t] = -1;
-  lanes.sync();
-  for (uint32_t first = begin; first < end; first += lanes.size()) {
-    const uint32_t row = first + lanes.rank();
-    const uint32_t token = row < end ? ws.row_token[row] : ~0u;
-    const bool is_new = lanes.equals(token).before == 0 && row < end && token_slot[token] < 0;
-    uint32_t all_new;
-    const uint32_t slot = slots + lanes.exclusive_sum(is_new, all_new);
-    if (is_new) token_slot[token] = int32_t(slot), ws.slot_token[ws.slot_begin[d] + slot] = token;
-    slots += all_new;
-    lanes.sync();
-    if (row < end) ws.row_slot[row] = uint32_t(token_slot[token]);
+// row_slot[row], for now: the first row of the same token, of the rows of one destination.
+template <ThreadGroup Group>
+FLASHMOE_ROLE void find_first_rows(const Group& group, const Call& call, Workspace& ws, uint32_t begin, uint32_t end) {
+  const uint32_t step = group.size();
+  for (uint32_t row = begin + group.rank(); row < end; row += kPlanAtOnce * step) {
+    const int32_t* of_token[kPlanAtOnce];
+    uint32_t first[kPlanAtOnce];
+    for (int i = 0; i < kPlanAtOnce; ++i) {
+      first[i] = row + i * step < end ? row + i * step : row;
+      of_token[i] = ws.result_row + size_t(ws.row_token[first[i]]) * call.top_k;
+    }
+    for (int k = 0; k < call.top_k; ++k)
+      for (int i = 0; i < kPlanAtOnce; ++i) {
+        const uint32_t other = uint32_t(of_token[i][k]);  // huge where the pair was dropped
+        if (other >= begin && other < first[i]) first[i] = other;
+      }
+    for (int i = 0; i < kPlanAtOnce; ++i)
+      if (row + i * step < end) ws.row_slot[row + i * step] = first[i];
   }
-  if (lanes.rank() == 0) ws.num_slots[d] = slots;
-  lanes.sync();  // the next destination clears the scratch
 }
 
-// After plan_segments. Rows of my own experts are read where they lie, in x.
+// slots_before[row] of every row, and of their end: how many rows before it are the first of their token at another
+// rank. `self`: my own rows, begin to end. Each warp counts a stretch, and then adds what the warps before it counted.
+template <ThreadGroup Group>
+FLASHMOE_ROLE void count_slots(const Group& group, const Call& call, Workspace& ws, const uint32_t (&self)[2]) {
+  const auto lanes = group.lanes();
+  const uint32_t rows = ws.segment_row[call.num_experts];
+  const Stretch mine(group, rows, kPlanAtOnce * lanes.size());
+  const auto is_first = [&](uint32_t row) {
+    return uint32_t(row < mine.end && (row < self[0] || row >= self[1]) && ws.row_slot[row] == row);
+  };
+  const auto counted_by = [&](int warp) -> uint32_t& { return ws.dealt[size_t(warp) * call.num_experts]; };
+  uint32_t count = 0, slots = 0;
+  for (uint32_t row = mine.begin + lanes.rank(); row < mine.end; row += lanes.size()) count += is_first(row);
+  lanes.exclusive_sum(count, slots);
+  if (lanes.rank() == 0) counted_by(group.warp()) = slots;
+  group.sync();
+
+  slots = 0;
+  for (int w = 0; w < group.warp(); ++w) slots += counted_by(w);
+  for (uint32_t first = mine.begin; first < mine.end; first += kPlanAtOnce * lanes.size()) {
+    const uint32_t row = first + kPlanAtOnce * lanes.rank();
+    uint32_t firsts[kPlanAtOnce], all;
+    count = 0;
+    for (int i = 0; i < kPlanAtOnce; ++i) count += firsts[i] = is_first(row + i);
+    uint32_t before = slots + lanes.exclusive_sum(count, all);
+    for (int i = 0; i < kPlanAtOnce && row + i < mine.end; ++i) ws.slots_before[row + i] = before, before += firsts[i];
+    slots += all;
+  }
+  if (group.warp() == group.num_warps() - 1 && lanes.rank() == 0) ws.slots_before[rows] = slots;
+  group.sync();
+}
+
+// After plan_segments. Gives each token that goes to a rank one slot there, in the order in which that rank's experts
+// need it, so that early experts can start while late rows travel: where its first row there stands among all first
+// rows. Rows of my own experts are read where they lie, in x.
 template <ThreadGroup Group>
 FLASHMOE_ROLE void plan_slots(const Group& group, const Call& call, Workspace& ws) {
-  const int self = call.ep_rank;
-  if (group.rank() == 0)
-    for (uint32_t d = 0, slots = 0; int(d) < call.ep_size; ++d) {
-      ws.slot_begin[d] = slots;
-      const uint32_t entries = int(d) == self ? 0 : packet_entries(call, ws, int(d));
-      slots += entries < uint32_t(call.num_tokens) ? entries : call.num_tokens;  // as many as it may need
-    }
+  const auto begin_of = [&](int d) { return ws.segment_row[call.rank_begin[d]]; };
+  const uint32_t self[2] = {begin_of(call.ep_rank), begin_of(call.ep_rank + 1)};
+  load_and_store(
+      group, self[0], self[1], [&](uint32_t row) { return ws.row_token[row]; },
+      [&](uint32_t row, uint32_t token) { ws.row_slot[row] = token; });
+  if (call.ep_size == 1) {
+    if (group.rank() == 0) ws.slot_begin[0] = ws.num_slots[0] = 0;
+    return group.sync();
+  }
+
+  for (int d = 0; d < call.ep_size; ++d)
+    if (d != call.ep_rank) find_first_rows(group, call, ws, begin_of(d), begin_of(d + 1));
   group.sync();
-  const uint32_t end = ws.segment_row[call.rank_begin[self + 1]];
-  for (uint32_t row = ws.segment_row[call.rank_begin[self]] + group.rank(); row < end; row += group.size())
-    ws.row_slot[row] = ws.row_token[row];
-  if (group.rank() == 0) ws.num_slots[self] = 0;
-  int32_t* token_slot = ws.token_slot + size_t(group.warp()) * call.num_tokens;
-  for (int d = group.warp(); d < call.ep_size; d += group.num_warps())
-    if (d != self) plan_packet_slots(group.lanes(), call, ws, d, token_slot);
+  count_slots(group, call, ws, self);
+
+  for (int d = 0; d < call.ep_size; ++d) {
+    const uint32_t begin = begin_of(d), end = begin_of(d + 1), slots = ws.slots_before[begin];
+    if (group.rank() == 0) ws.slot_begin[d] = slots, ws.num_slots[d] = ws.slots_before[end] - slots;
+    if (d == call.ep_rank) continue;
+    struct Found {
+      uint32_t first, slot, token;
+    };
+    load_and_store(
+        group, begin, end,
+        [&](uint32_t row) {
+          const uint32_t first = ws.row_slot[row];
+          return Found{first, ws.slots_before[first], ws.row_token[row]};
+        },
+        [&](uint32_t row, const Found& found) {
+          ws.row_slot[row] = found.slot - slots;
+          if (found.first == row) ws.slot_token[found.slot] = found.token;
+        });
+  }
   group.sync();
 }
 

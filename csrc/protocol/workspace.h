@@ -59,7 +59,7 @@ struct Workspace {
   uint32_t* slot_begin;      // [ep_size] place in slot_token of each destination's first slot
   uint32_t* num_slots;       // [ep_size] distinct tokens that travel to each destination
   uint32_t* dealt;           // [plan_warps, num_experts] scratch: rows of each position that lie before the warp's next
-  int32_t* token_slot;       // [plan_warps, num_tokens] scratch: slot of the token at the destination being planned
+  uint32_t* slots_before;    // [num_tokens · top_k + 1] scratch: slots of all destinations before that of each row
 
   // What the sources sent (subscriber). Sources in canonical order.
   uint32_t* entry_begin;   // [ep_size, num_local_experts + 1] the packets' own prefix sums
@@ -109,7 +109,7 @@ struct Workspace {
     region(slot_begin, ep_size);
     region(num_slots, ep_size);
     region(dealt, machine.plan_warps * experts);
-    region(token_slot, machine.plan_warps * tokens);
+    region(slots_before, pairs + 1);
     region(entry_begin, ep_size * (local + 1));
     region(row_offset, (ep_size + 1) * local);
     region(run_signal, ep_size * local);
