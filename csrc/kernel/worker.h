@@ -42,6 +42,7 @@ class Worker {
     typename E::Shared engine;
     WorkRing ring;
     uint32_t dealt[E::kCrewWarps * kNearExperts];
+    uint32_t gives_up;  // y
     alignas(16) std::byte rank[round_up(sizeof(RankState), 16)];
   };
 
@@ -152,13 +153,19 @@ class Worker {
     }
   }
 
-  // Nobody shall take what a failed call left in y for its result: each block overwrites its share with NaN.
+  // Nobody shall take what a failed call left in y for its result: the last block to stop, after which none writes,
+  // overwrites it with NaN.
   FLASHMOE_DEVICE void give_up_y(const CrewGroup& group) {
-    if (!P::load_acquire(&c_.ws.status->failure)) return;
-    uint32_t* y = reinterpret_cast<uint32_t*>(c_.call.y);
-    const size_t words = c_.call.num_tokens * c_.call.row_bytes() / 4;
-    for (size_t i = size_t(block_of_rank_) * group.size() + group.rank(); i < words; i += size_t(blocks_) * group.size())
-      y[i] = ~0u;
+    group.sync();
+    if (group.rank() == 0)
+      shared_.gives_up = P::fetch_add(&c_.ws.counters->stopped, 1) + 1 == uint32_t(blocks_) &&
+                         P::load_acquire(&c_.ws.status->failure);
+    group.sync();
+    if (!shared_.gives_up) return;
+    // Two bytes at a time, since rows may be of any width: all ones is no number in each of the dtypes.
+    uint16_t* y = reinterpret_cast<uint16_t*>(c_.call.y);
+    const size_t halves = c_.call.num_tokens * c_.call.row_bytes() / 2;
+    for (size_t i = group.rank(); i < halves; i += group.size()) y[i] = 0xffff;
   }
 
   Context<P> c_;

@@ -40,6 +40,7 @@ struct Counters {
   uint32_t scheduler_lock, scheduler_done;
   uint32_t blocks_done;
   uint32_t combine_head, combine_done;
+  uint32_t stopped;  // workers, where they do not end together
   uint64_t last_progress_ns;
   UpQueue up;
   DownQueue down;

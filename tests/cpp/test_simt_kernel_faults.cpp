@@ -71,6 +71,30 @@ void lost_signal() {
       }
 }
 
+// A block that combines long after the call has failed, and after all others have stopped.
+struct CombinesLate : ExactEngine<DType::kFloat32, kSimtWarps> {
+  template <class Group, class P>
+  static void combine(const Group& group, const Context<P>& c, const Work& work) {
+    if (group.rank() == 0) {
+      while (!P::load_acquire(&c.ws.status->failure)) gpu::sleep_ns(10'000);
+      for (int i = 0; i < 1000; ++i) gpu::sleep_ns(100);
+    }
+    group.sync();
+    ExactEngine::combine(group, c, work);
+  }
+};
+
+void nothing_is_left_of_a_failed_call() {
+  const Program program = program_of(1, {10}, 13);
+  for (int seed = 0; seed < 4; ++seed) {
+    SimtTeam<CudaPlatform, CombinesLate, gpu::Crew<kSimtWarps>> team(program, {.ep_size = 1, .blocks_per_rank = 3});
+    const SimtOutcome o = team.run(uint64_t(seed));
+    check(o.misuse.empty() && Failure(o.status[0].failure) == Failure::kTimeout, "a call that does not end: " + o.misuse);
+    const auto& y = o.y[0][0];
+    check(std::all_of(y.begin(), y.end(), [](float value) { return std::isnan(value); }), "y of a failed call, combined late, seed " + std::to_string(seed));
+  }
+}
+
 // Whoever counts one tile twice hands a row block on while a tile of it is still being computed.
 struct MiscountingPlatform : CudaPlatform {
   using CudaPlatform::CudaPlatform;
@@ -125,6 +149,7 @@ void missing_barrier() {
 
 int main() {
   run_test("LostSignal", lost_signal);
+  run_test("NothingIsLeftOfAFailedCall", nothing_is_left_of_a_failed_call);
   run_test("BlockHandedOnEarly", block_handed_on_early);
   run_test("EarlyReuse", early_reuse);
   run_test("MissingBarrier", missing_barrier);
