@@ -55,18 +55,20 @@ class ExactEngine {
     Sums sums = {};
     multiply<dtype>(group, shared, t.num_rows, call.hidden_size, weights, sums);
 
+    FLASHMOE_UNROLL
     for (int i = 0; i < kRows; ++i) {
       const int r = row_of(i);
       if (r >= t.num_rows) break;
       float* hidden = t.hidden + size_t(r) * c.ws.hidden_stride;
-      for (int j = 0; j < (call.gated ? kColumns / 2 : kColumns); ++j) {
+      FLASHMOE_UNROLL  // so that the sums stay in registers
+      for (int j = 0; j < kColumns; ++j) {
         const int n = column_of(j);
-        if (n >= cols) continue;
+        if (n >= cols) break;
         const auto sum = [&](int column, int at) {
           return sums[i][column] + (t.bias ? load_element<dtype>(t.bias, weight_row(at)) : 0.0f);
         };
         const float h = activate(call.activation, sum(j, n));
-        hidden[t.begin + n] = call.gated ? h * sum(j + kColumns / 2, n + kCols / 2) : h;
+        hidden[t.begin + n] = call.gated ? h * sum((j + kColumns / 2) % kColumns, n + kCols / 2) : h;
       }
     }
   }
@@ -88,12 +90,14 @@ class ExactEngine {
     Sums sums = {};
     multiply<DType::kFloat32>(group, shared, t.num_rows, call.intermediate_size, weights, sums);
 
+    FLASHMOE_UNROLL
     for (int i = 0; i < kRows; ++i) {
       const int r = row_of(i);
       if (r >= t.num_rows) break;
+      FLASHMOE_UNROLL
       for (int j = 0; j < kColumns; ++j) {
         const int n = column_of(j);
-        if (n >= cols) continue;
+        if (n >= cols) break;
         const float bias = t.bias ? load_element<dtype>(t.bias, t.begin + n) : 0.0f;
         store_element<dtype>(shared.result[r], t.begin + n, sums[i][j] + bias);
       }
