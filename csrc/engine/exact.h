@@ -2,7 +2,8 @@
 // products of K are added in order by fused multiply-add, so a row's bits depend on that row and its weights alone:
 // not on the tile's height, its columns, or the number of threads.
 //
-// Tokens, weights, biases and results are of the call's dtype; rows of all of them must be multiples of 16 bytes.
+// Tokens, weights, biases and results are of the call's dtype, and of any width. Rows are read 16 bytes at a time where
+// all of them allow it, else element by element.
 #pragma once
 
 #include <string>
@@ -53,7 +54,7 @@ class ExactEngine {
       return inside ? t.gate_up + size_t(weight_row(n)) * call.row_bytes() : nullptr;
     };
     Sums sums = {};
-    multiply<dtype>(group, shared, t.num_rows, call.hidden_size, weights, sums);
+    multiply<dtype>(group, shared, t.num_rows, call.hidden_size, has_whole_pieces(call), weights, sums);
 
     FLASHMOE_UNROLL
     for (int i = 0; i < kRows; ++i) {
@@ -88,7 +89,7 @@ class ExactEngine {
 
     const auto weights = [&](int n) { return n < cols ? t.down + size_t(t.begin + n) * weight_bytes : nullptr; };
     Sums sums = {};
-    multiply<DType::kFloat32>(group, shared, t.num_rows, call.intermediate_size, weights, sums);
+    multiply<DType::kFloat32>(group, shared, t.num_rows, call.intermediate_size, has_whole_pieces(call), weights, sums);
 
     FLASHMOE_UNROLL
     for (int i = 0; i < kRows; ++i) {
@@ -109,21 +110,36 @@ class ExactEngine {
   FLASHMOE_DEVICE static void combine(const Group& group, const Context<P>& c, const Work& work) {
     const Call& call = c.call;
     const TokenRange tokens = combine_tokens(call, work.index);
+    const bool whole_pieces = has_whole_pieces(call);
     for (int token = tokens.begin + group.warp(); token < tokens.end; token += group.num_warps())
-      for (size_t at = group.lanes().rank() * 16; at < call.row_bytes(); at += group.lanes().size() * 16) {
-        float sum[kPerPiece<dtype>] = {};
-        for (int pair = token * call.top_k; pair < (token + 1) * call.top_k; ++pair) {
-          const std::byte* row = returned_row(c, pair);
-          if (!row) continue;
-          float value[kPerPiece<dtype>];
-          load_piece<dtype>(row + at, value);
-          for (int e = 0; e < kPerPiece<dtype>; ++e) sum[e] = fmaf(call.topk_weights[pair], value[e], sum[e]);
-        }
-        store_piece<dtype>(call.y + token * call.row_bytes() + at, sum);
-      }
+      whole_pieces ? combine_token<kPerPiece<dtype>>(group.lanes(), c, token) : combine_token<1>(group.lanes(), c, token);
   }
 
  private:
+  // Whether every row begins and ends at a multiple of 16 bytes. Rows of the heap begin where their width says.
+  FLASHMOE_DEVICE static bool has_whole_pieces(const Call& call) {
+    uintptr_t bits = call.row_bytes() | size_t(call.intermediate_size) * dtype_bytes(dtype);
+    for (const std::byte* rows : {call.x, static_cast<const std::byte*>(call.y), call.gate_up_proj, call.down_proj})
+      bits |= reinterpret_cast<uintptr_t>(rows);
+    return bits % 16 == 0;
+  }
+
+  template <int kElements, class Lanes, class P>
+  FLASHMOE_DEVICE static void combine_token(const Lanes& lanes, const Context<P>& c, int token) {
+    const Call& call = c.call;
+    for (int at = lanes.rank() * kElements; at < call.hidden_size; at += lanes.size() * kElements) {
+      float sum[kElements] = {};
+      for (int pair = token * call.top_k; pair < (token + 1) * call.top_k; ++pair) {
+        const std::byte* row = returned_row(c, pair);
+        if (!row) continue;
+        float value[kElements];
+        load_elements<dtype>(row, at, value);
+        for (int e = 0; e < kElements; ++e) sum[e] = fmaf(call.topk_weights[pair], value[e], sum[e]);
+      }
+      store_elements<dtype>(call.y + size_t(token) * call.row_bytes(), at, sum);
+    }
+  }
+
   // The crew as a grid over the tile: a thread has kRows × kColumns outputs, each the same distance apart.
   static constexpr int kThreadColumns = 16, kThreadRows = 32 * kWarps / kThreadColumns;
   static constexpr int kRows = kBlockM / kThreadRows, kColumns = kCols / kThreadColumns;
@@ -135,11 +151,17 @@ class ExactEngine {
 
   // sums += shared.row[0:num_rows, 0:K) · weightsᵀ. Rows are of type `rows`, weights of the call's.
   template <DType rows, class Group, class Weights>
-  FLASHMOE_DEVICE static void multiply(const Group& group, Shared& shared, int num_rows, int K, const Weights& weights,
-                                       Sums& sums) {
+  FLASHMOE_DEVICE static void multiply(const Group& group, Shared& shared, int num_rows, int K, bool whole_pieces,
+                                       const Weights& weights, Sums& sums) {
+    const auto row = [&](int r) { return r < num_rows ? shared.row[r] : nullptr; };
     for (int begin = 0; begin < K; begin += kStep) {
-      stage<rows>(group, [&](int r) { return r < num_rows ? shared.row[r] : nullptr; }, begin, K, shared.a);
-      stage<dtype>(group, weights, begin, K, shared.b);
+      if (whole_pieces) {
+        stage<rows, kPerPiece<rows>>(group, row, begin, K, shared.a);
+        stage<dtype, kPerPiece<dtype>>(group, weights, begin, K, shared.b);
+      } else {
+        stage<rows, 1>(group, row, begin, K, shared.a);
+        stage<dtype, 1>(group, weights, begin, K, shared.b);
+      }
       group.sync();
       for (int k = 0; k < kStep; ++k) {
         float b[kColumns];
@@ -156,15 +178,15 @@ class ExactEngine {
     }
   }
 
-  // to[k][r] = row(r)[begin + k], zeros past K and where there is no row.
-  template <DType type, class Group, class Row, int kRowsAndPad>
+  // to[k][r] = row(r)[begin + k], zeros past K and where there is no row; kPer elements at a time.
+  template <DType type, int kPer, class Group, class Row, int kRowsAndPad>
   FLASHMOE_DEVICE static void stage(const Group& group, const Row& row, int begin, int K, float (&to)[kStep][kRowsAndPad]) {
-    constexpr int kPer = kPerPiece<type>, kPieces = kStep / kPer;
+    constexpr int kPieces = kStep / kPer;
     for (int piece = group.rank(); piece < (kRowsAndPad - 1) * kPieces; piece += group.size()) {
       const int r = piece / kPieces, k = piece % kPieces * kPer;
       const std::byte* from = row(r);
       float value[kPer] = {};
-      if (from && begin + k < K) load_piece<type>(from + size_t(begin + k) * dtype_bytes(type), value);
+      if (from && begin + k < K) load_elements<type>(from, begin + k, value);
       FLASHMOE_UNROLL
       for (int e = 0; e < kPer; ++e) to[k + e][r] = value[e];
     }

@@ -55,6 +55,25 @@ FLASHMOE_DEVICE void store_element(std::byte* to, int index, float value) {
     reinterpret_cast<uint16_t*>(to)[index] = uint16_t(gpu::pack_pair<dtype>(value, 0.0f));
 }
 
+// One element, or as many as lie in 16 bytes, which must then be aligned to that.
+template <DType dtype, int kElements>
+FLASHMOE_DEVICE void load_elements(const std::byte* row, int first, float (&value)[kElements]) {
+  static_assert(kElements == 1 || kElements == kPerPiece<dtype>);
+  if constexpr (kElements == 1)
+    value[0] = load_element<dtype>(row, first);
+  else
+    load_piece<dtype>(row + size_t(first) * dtype_bytes(dtype), value);
+}
+
+template <DType dtype, int kElements>
+FLASHMOE_DEVICE void store_elements(std::byte* row, int first, const float (&value)[kElements]) {
+  static_assert(kElements == 1 || kElements == kPerPiece<dtype>);
+  if constexpr (kElements == 1)
+    store_element<dtype>(row, first, value[0]);
+  else
+    store_piece<dtype>(row + size_t(first) * dtype_bytes(dtype), value);
+}
+
 // At minus infinity silu and both gelus are their limit, 0. NaN stays NaN.
 FLASHMOE_DEVICE float activate(Activation activation, float x) {
   if (activation == Activation::kRelu) return x < 0.0f ? 0.0f : x;

@@ -26,11 +26,16 @@ class CudaPlatform {
     return gpu::compare_exchange(word, expected, desired);
   }
 
-  // In pieces of 16 bytes where both ends allow it, else of 4.
+  // In pieces of 16 bytes where both ends and the size allow it, else of 4, else of 2: no element is smaller.
   template <class Group>
   FLASHMOE_DEVICE static void copy(const Group& group, void* to, const void* from, size_t bytes) {
-    const bool aligned = (reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 16 == 0;
-    aligned ? copy_as<gpu::Words4>(group, to, from, bytes) : copy_as<uint32_t>(group, to, from, bytes);
+    const uintptr_t bits = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes;
+    if (bits % 16 == 0)
+      copy_as<gpu::Words4>(group, to, from, bytes);
+    else if (bits % 4 == 0)
+      copy_as<uint32_t>(group, to, from, bytes);
+    else
+      copy_as<uint16_t>(group, to, from, bytes);
   }
 
   FLASHMOE_DEVICE std::byte* heap() const { return heaps_[ep_rank_]; }
