@@ -25,7 +25,7 @@ if(CMAKE_CUDA_COMPILER)
     target_sources(_C PRIVATE $<TARGET_OBJECTS:${name}>)
   endfunction()
 
-  flashmoe_add_cuda(flashmoe_cuda csrc/runtime/moe_cuda.cu csrc/runtime/moe_cuda_exact.cu)
+  flashmoe_add_cuda(flashmoe_cuda csrc/runtime/moe_cuda.cu csrc/runtime/moe_cuda_exact.cu csrc/runtime/moe_cuda_sm80.cu)
   # What is Hopper's alone no other architecture can compile.
   flashmoe_add_cuda(flashmoe_cuda_sm90 csrc/runtime/moe_cuda_sm90.cu)
   set_target_properties(flashmoe_cuda_sm90 PROPERTIES CUDA_ARCHITECTURES 90a-real)

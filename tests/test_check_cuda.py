@@ -30,6 +30,13 @@ def test_a_pipelined_kernel_passes():
     assert problems_of([*GOOD, "CALL.REL.NOINC 0x40"]) == []  # after the products
 
 
+def test_amperes_kernel_uses_its_units():
+    name, ampere = "_ZN8flashmoe10moe_kernelINS_10Sm80EngineE", ["LDGSTS.E.BYPASS.128", "LDSM.16.M88.4", "HMMA.16816.F32.BF16"]
+    for missing in range(4):
+        kernel = check_cuda.Kernel(name, sass=ampere[:missing] + ampere[missing + 1 :])
+        assert kernel.problems() == [f"no {opcode}" for opcode in [["LDGSTS"], ["LDSM"], ["HMMA"], []][missing]]
+
+
 @pytest.mark.parametrize(
     ("opcodes", "spills", "problem"),
     [

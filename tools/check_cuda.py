@@ -2,9 +2,10 @@
 
     python tools/check_cuda.py [SOURCE ...]     (needs the packages of requirements-cuda.txt)
 
-For every kernel: no spills, and none of ptxas' notes that it gave up registers or pipelining. For Hopper's: that the
-matrix unit, TMA and the register hand-over are used, that products are issued in groups, and that nothing is called
-between the first product and the last. Ends with a table, and exit code 1 if anything failed.
+For every kernel: no spills, and none of ptxas' notes that it gave up registers or pipelining. For Ampere's: that the
+matrix unit, its loads and the copies that do not wait are used. For Hopper's: that the matrix unit, TMA and the
+register hand-over are used, that products are issued in groups, and that nothing is called between the first product
+and the last. Ends with a table, and exit code 1 if anything failed.
 """
 
 import os
@@ -20,12 +21,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# What each source is compiled for. A kernel is Hopper's if its name says sm90.
+# What each source is compiled for. A kernel is Hopper's if its name says sm90, Ampere's if it says sm80.
 SOURCES = {
     "tests/cuda/verbs_compile.cu": ("80", "90a", "100"),
     "csrc/runtime/moe_cuda_exact.cu": ("80", "90a", "100"),
+    "csrc/runtime/moe_cuda_sm80.cu": ("80", "90a", "100"),
     "csrc/runtime/moe_cuda_sm90.cu": ("90a",),
 }
+COUNTED = ("HMMA", "LDGSTS", "LDSM", "HGMMA", "UTMALDG", "USETMAXREG")
 # setmaxnreg ignored; wgmma serialised because of a call; wgmma serialised for another reason.
 FATAL_NOTES = ("C7504", "C7509", "C7510")
 
@@ -43,6 +46,8 @@ class Kernel:
 
     def problems(self) -> list[str]:
         found = [f"{self.spills} bytes spilled"] if self.spills else []
+        if "sm80" in self.name.lower():
+            found += [f"no {opcode}" for opcode in ("HMMA", "LDGSTS", "LDSM") if not self.count(opcode)]
         if "sm90" not in self.name.lower():
             return found
         # Three warpgroups start with 168 registers a thread, and move them; fewer have enough as they are.
@@ -135,7 +140,7 @@ def main() -> int:
             for kernel in kernels:
                 found = kernel.problems()
                 failed = failed or bool(found)
-                opcodes = ", ".join(f"{kernel.count(o)} {o}" for o in ("HGMMA", "UTMALDG", "USETMAXREG") if kernel.count(o))
+                opcodes = ", ".join(f"{kernel.count(o)} {o}" for o in COUNTED if kernel.count(o))
                 print(f"  {kernel.registers:3d} registers, {kernel.spills} spilled  {readable(kernel.name)}  {opcodes}")
                 for problem in found:
                     print(f"    FAILED: {problem}")

@@ -1,13 +1,10 @@
-// A tile as the Hopper engine sees it: both of its halves, for up and down tiles alike.
-//
-// A tile multiplies kTileN rows of the weights, in two boxes of kTileN / 2: of a gated up tile the gate rows and the
-// up rows of the same columns, so that one thread holds both; else neighbours.
+// A tile as the Hopper engine sees it, whose weights come by TMA: a box for each half.
 #pragma once
 
 #include <string>
 
+#include "engine/halved_tile.h"
 #include "gpu/tensor_map.h"
-#include "protocol/tile.h"
 
 namespace flashmoe {
 
@@ -17,52 +14,7 @@ struct Sm90Operands {
 };
 
 template <int kTileN>
-struct Sm90Tile {
-  static constexpr int kHalf = kTileN / 2;
-
-  const gpu::TensorMap* weights;  // for the loaders; the math has none
-  int depth;              // of the products: columns of the weights
-  int num_rows;           // of the row block
-  int begin;              // first column of the output
-  int cols[2];            // columns of the output in each half
-  int weight_row[2];      // first weight row of each half, in the matrix of all experts
-  const std::byte* bias;  // of the block's expert, or null
-  int bias_begin[2];      // where each half begins in it
-
-  FLASHMOE_HD static constexpr int up_cols(bool gated) { return gated ? kHalf : kTileN; }
-  FLASHMOE_HD static constexpr int down_cols(bool) { return kTileN; }
-
-  template <class P>
-  FLASHMOE_ROLE static Sm90Tile up(const Context<P>& c, const TileShape& tiles, const Work& work,
-                                   const gpu::TensorMap* weights) {
-    const Call& call = c.call;
-    const UpTile t = flashmoe::up_tile(c, tiles, work);
-    const int first_row = int(c.ws.ring[work.index].local_expert) * call.up_rows();
-    Sm90Tile tile(t.num_rows, t.begin, t.end - t.begin, first_row);
-    tile.weights = weights, tile.depth = call.hidden_size, tile.bias = t.bias;
-    if (!call.gated) return tile;
-    tile.cols[1] = tile.cols[0];
-    tile.bias_begin[1] = call.intermediate_size + t.begin;
-    tile.weight_row[1] = first_row + tile.bias_begin[1];
-    return tile;
-  }
-
-  template <class P>
-  FLASHMOE_ROLE static Sm90Tile down(const Context<P>& c, const TileShape& tiles, const Work& work,
-                                     const gpu::TensorMap* weights) {
-    const Call& call = c.call;
-    const DownTile t = flashmoe::down_tile(c, tiles, work);
-    const int first_row = int(c.ws.ring[work.index].local_expert) * call.hidden_size;
-    Sm90Tile tile(t.num_rows, t.begin, t.end - t.begin, first_row);
-    tile.weights = weights, tile.depth = call.intermediate_size, tile.bias = t.bias;
-    return tile;
-  }
-
- private:
-  FLASHMOE_HD Sm90Tile(int num_rows, int begin, int all_cols, int first_row)
-      : num_rows(num_rows), begin(begin), cols{all_cols < kHalf ? all_cols : kHalf, all_cols - kHalf},
-        weight_row{first_row + begin, first_row + begin + kHalf}, bias_begin{begin, begin + kHalf} {}
-};
+using Sm90Tile = HalvedTile<kTileN, const gpu::TensorMap*>;  // for the loaders; the math has no map
 
 // Empty, or why this engine cannot take the call, for which another must be chosen. TMA wants every row of the
 // weights, and a 16-byte copy every row of the tokens, to begin at a multiple of 16 bytes: all pointers must, and so

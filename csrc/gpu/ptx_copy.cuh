@@ -5,9 +5,10 @@
 
 namespace flashmoe::gpu {
 
-// .cg: through L2 alone, so that it sees what a peer or another SM wrote.
+// .cg: through L2 alone, so that it sees what a peer or another SM wrote. L2 fetches whole lines: where a step takes
+// half of one, the next takes the rest.
 FLASHMOE_DEVICE void cp_async_16(void* shared, const void* global, int bytes_valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                "r"(bytes_valid)
                : "memory");
 }

@@ -22,6 +22,12 @@ FLASHMOE_DEVICE void mma_sync(float (&acc)[4], const uint32_t (&a)[4], const uin
 }
 #undef FLASHMOE_MMA
 
+FLASHMOE_DEVICE uint32_t round_to_tf32(uint32_t fp32) {
+  uint32_t tf32;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(tf32) : "r"(fp32));
+  return tf32;
+}
+
 FLASHMOE_DEVICE void ldmatrix_x4(uint32_t (&words)[4], const void* shared_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])

@@ -44,6 +44,11 @@ FLASHMOE_DEVICE void mma_sync(float (&acc)[4], const uint32_t (&a)[4], const uin
   });
 }
 
+FLASHMOE_DEVICE uint32_t round_to_tf32(uint32_t fp32) {
+  const bool finite = (fp32 & 0x7f800000) != 0x7f800000;
+  return finite ? (fp32 + 0x1000) & ~0x1fffu : fp32;
+}
+
 FLASHMOE_DEVICE void ldmatrix_x4(uint32_t (&words)[4], const void* shared_row) {
   using namespace simt;
   const size_t offset = my_block().shared.offset(shared_row, 16, 16, "ldmatrix_x4");

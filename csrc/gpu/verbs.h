@@ -153,6 +153,8 @@ FLASHMOE_DEVICE void decrease_registers();
 // With g = lane / 4 and q = lane % 4: acc[i] is row g + i / 2 · 8, column 2q + i % 2. A 16-bit register holds k = 2q
 // and 2q + 1: a[i] of row g + i % 2 · 8 from k = i / 2 · 8 on, b[i] of column g from k = i · 8 on. A tf32 register
 // holds one: a[i] row g + i % 2 · 8, k = q + i / 2 · 4; b[i] column g, k = q + i · 4.
+// An fp32 that mma_sync cuts to the nearest tf32; halves go away from zero. Without it the cut is towards zero.
+FLASHMOE_DEVICE uint32_t round_to_tf32(uint32_t fp32);
 template <DType dtype>
 FLASHMOE_DEVICE void mma_sync(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 // Four matrices of 8 rows of 16 bytes; lane l gives the address of row l % 8 of matrix l / 8, and gets in words[i] the

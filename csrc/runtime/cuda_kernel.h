@@ -27,6 +27,7 @@ struct CudaKernel {
 };
 
 CudaKernel exact_kernel(DType dtype);
+CudaKernel sm80_kernel(DType dtype);  // fp32 as tf32; rows of a multiple of 16 bytes
 
 // Tiles of 256 weight rows for many rows an expert; of 64 for few, where what counts is that every multiprocessor reads.
 enum class Sm90Tiles { kWide, kNarrow };

@@ -138,8 +138,8 @@ SimtOutcome run_simt(const Program& program, const SimtOptions& options, uint64_
   }
 }
 
-// What is wrong with an outcome, or nothing.
-inline std::string trouble_of(const SimtOutcome& o, const Program& program) {
+// What is wrong with an outcome, or nothing. `allowed`: of error, in place of the dtype's tolerance.
+inline std::string trouble_of(const SimtOutcome& o, const Program& program, std::optional<double> allowed = {}) {
   if (!o.misuse.empty()) return o.misuse;
   for (size_t r = 0; r < o.status.size(); ++r)
     if (o.status[r].failure)
@@ -148,7 +148,7 @@ inline std::string trouble_of(const SimtOutcome& o, const Program& program) {
   for (size_t c = 0; c < program.size(); ++c)
     for (size_t r = 0; r < program[c].tokens.size(); ++r) {
       const Layer& l = *program[c].layer;
-      const double error = relative_error(o.y[c][r], reference_moe(l, program[c].tokens[r])) / tolerance(l.dtype);
+      const double error = relative_error(o.y[c][r], reference_moe(l, program[c].tokens[r])) / allowed.value_or(tolerance(l.dtype));
       if (!(error <= 1))
         return "call " + std::to_string(c) + ", rank " + std::to_string(r) + ": error is " + std::to_string(error) + " times the tolerance";
     }

@@ -112,6 +112,14 @@ void tf32_cuts() {
   check(gpu::simt::to_tf32(value) == 1.0f + 0x1p-10f && gpu::simt::to_tf32(-value) == -1.0f - 0x1p-10f, "tf32");
 }
 
+void tf32_rounds() {
+  const auto rounded = [](float value) { return std::bit_cast<float>(gpu::round_to_tf32(std::bit_cast<uint32_t>(value))); };
+  const float one = 1.0f, half = 0x1p-11f, below = 0x1.ffep-12f;
+  check(rounded(one + half) == one + 2 * half && rounded(-one - half) == -one - 2 * half, "tf32: halves away from zero");
+  check(rounded(one + below) == one && rounded(0x1.fffp9f) == 0x1p10f, "tf32: to the nearest");
+  check(rounded(INFINITY) == INFINITY && std::isnan(rounded(std::bit_cast<float>(0x7fffffffu))), "tf32: not finite");
+}
+
 template <DType dtype>
 void pairs(uint32_t infinity, uint32_t lowest_fraction) {
   const uint32_t one = gpu::pack_pair<dtype>(1, 0);
@@ -216,6 +224,7 @@ int main() {
   run_test("WarpProductsFloat16", warp_products<DType::kFloat16>);
   run_test("WarpProductsTf32", warp_products<DType::kFloat32>);
   run_test("Tf32Cuts", tf32_cuts);
+  run_test("Tf32Rounds", tf32_rounds);
   run_test("PairsOfBFloat16", [] { pairs<DType::kBFloat16>(0x7f80, 133); });
   run_test("PairsOfFloat16", [] { pairs<DType::kFloat16>(0x7c00, 24); });
   run_test("MisuseIsNamed", misuse_is_named);
