@@ -1,0 +1,17 @@
+#include "runtime/cuda_choice.h"
+
+namespace flashmoe {
+
+CudaKernelKind choose_kernel(const CudaProblem& p) {
+  const int item = dtype_bytes(p.dtype);
+  // Tensor cores are fed in pieces of 16 bytes.
+  const bool pieces = p.aligned && p.hidden_size * item % 16 == 0 && p.intermediate_size * item % 16 == 0;
+  if (p.exact || !pieces || p.compute_capability < 80) return CudaKernelKind::kExact;
+  if (p.dtype == DType::kFloat32) return p.tf32 ? CudaKernelKind::kSm80 : CudaKernelKind::kExact;
+  // wgmma is Hopper's alone: no later architecture has it.
+  if (p.compute_capability / 10 != 9) return CudaKernelKind::kSm80;
+  const bool few = p.num_pairs <= (long long)kNarrowRows * p.num_experts;
+  return few ? CudaKernelKind::kSm90Narrow : CudaKernelKind::kSm90Wide;
+}
+
+}  // namespace flashmoe

@@ -1,0 +1,29 @@
+// Which kernel computes a call: decided from facts that do not depend on the routing, so that a layer's calls of one
+// shape have the same bits every time (design D6). Plain arithmetic, for a test without a GPU.
+#pragma once
+
+#include "protocol/config.h"
+
+namespace flashmoe {
+
+enum class CudaKernelKind { kExact, kSm80, kSm90Wide, kSm90Narrow };
+
+struct CudaProblem {
+  int compute_capability;  // of the device: 80, 90, 100, ...
+  DType dtype;
+  int hidden_size, intermediate_size;
+  bool aligned;               // x, y and the weights begin at multiples of 16 bytes
+  long long num_pairs;        // tokens times top_k, of all ranks of this launch
+  int num_experts;            // likewise
+  bool tf32;                  // float32 may be rounded to tf32 for the tensor cores
+  bool exact;                 // no tensor cores at all
+};
+
+// A warp group of Hopper takes 64 rows, a row block is two. Up to that many expected rows of an expert, half of the
+// block's rows at least are idle and the call is bound by reading weights: narrow tiles are twice as many to spread
+// over the multiprocessors, and keep more of the weights in flight.
+inline constexpr int kNarrowRows = 64;
+
+CudaKernelKind choose_kernel(const CudaProblem& problem);
+
+}  // namespace flashmoe

@@ -1,0 +1,62 @@
+// Which kernel a call on a GPU gets: one case for each fact that decides.
+#include "harness.h"
+#include "runtime/cuda_choice.h"
+
+namespace {
+
+using namespace flashmoe;
+using namespace flashmoe::test;
+using Kind = CudaKernelKind;
+
+// Mixtral in bfloat16 on Hopper, one token more than is few.
+constexpr CudaProblem kMixtral{90, DType::kBFloat16, 4096, 14336, true, 8 * kNarrowRows + 1, 8, false, false};
+
+template <class Change>
+Kind with(Change change) {
+  CudaProblem p = kMixtral;
+  change(p);
+  return choose_kernel(p);
+}
+
+void test_hopper() {
+  check(choose_kernel(kMixtral) == Kind::kSm90Wide, "many rows take wide tiles");
+  check(with([](auto& p) { p.num_pairs = 8 * kNarrowRows; }) == Kind::kSm90Narrow, "few rows take narrow tiles");
+  check(with([](auto& p) { p.num_pairs = 0; }) == Kind::kSm90Narrow, "no rows are few");
+  check(with([](auto& p) { p.num_experts = 1 << 30, p.num_pairs = 1 << 30; }) == Kind::kSm90Narrow, "counted in 64 bits");
+  check(with([](auto& p) { p.dtype = DType::kFloat16; }) == Kind::kSm90Wide, "float16 as bfloat16");
+}
+
+void test_every_other_architecture_runs_sm80() {
+  for (int capability : {80, 86, 89, 100, 103, 120, 121})
+    check(with([&](auto& p) { p.compute_capability = capability; }) == Kind::kSm80, "sm_" + std::to_string(capability));
+  check(with([](auto& p) { p.compute_capability = 75; }) == Kind::kExact, "before Ampere there is no bfloat16");
+}
+
+void test_float32_is_rounded_only_where_allowed() {
+  const auto fp32 = [](CudaProblem& p) { p.dtype = DType::kFloat32; };
+  check(with(fp32) == Kind::kExact, "float32 stays float32");
+  check(with([&](auto& p) { fp32(p), p.tf32 = true; }) == Kind::kSm80, "tf32 where it is allowed, also on Hopper");
+  check(with([&](auto& p) { fp32(p), p.tf32 = p.exact = true; }) == Kind::kExact, "exactness goes before tf32");
+  check(with([](auto& p) { p.exact = true; }) == Kind::kExact, "exactness goes before Hopper's kernel");
+  check(with([](auto& p) { p.tf32 = true; }) == Kind::kSm90Wide, "tf32 is nothing to bfloat16");
+}
+
+void test_what_is_no_multiple_of_16_bytes_is_exact() {
+  check(with([](auto& p) { p.aligned = false; }) == Kind::kExact, "addresses");
+  check(with([](auto& p) { p.hidden_size = 4100; }) == Kind::kExact, "rows of x");
+  check(with([](auto& p) { p.intermediate_size = 14337; }) == Kind::kExact, "rows of down_proj");
+  check(with([](auto& p) { p.hidden_size = 4104, p.intermediate_size = 8; }) == Kind::kSm90Wide, "8 elements of 2 bytes");
+  const auto tf32 = [](CudaProblem& p) { p.dtype = DType::kFloat32, p.tf32 = true; };
+  check(with([&](auto& p) { tf32(p), p.hidden_size = 4100; }) == Kind::kSm80, "4 elements of 4 bytes");
+  check(with([&](auto& p) { tf32(p), p.hidden_size = 4102; }) == Kind::kExact, "2 elements of 4 bytes");
+}
+
+}  // namespace
+
+int main() {
+  run_test("Hopper's tiles follow the expected rows of an expert", test_hopper);
+  run_test("every other architecture from 8.0 on runs sm80", test_every_other_architecture_runs_sm80);
+  run_test("float32 is rounded only where that is allowed", test_float32_is_rounded_only_where_allowed);
+  run_test("what is no multiple of 16 bytes is exact", test_what_is_no_multiple_of_16_bytes_is_exact);
+  return finish();
+}
