@@ -1,18 +1,46 @@
-# FLASHMOE_CUDA: the CUDA half of the Python module, if nvcc is here (AUTO), in any case (ON), or not at all (OFF).
+# FLASHMOE_CUDA: the CUDA half of the Python module, if a compiler for it is here (AUTO), in any case (ON), or not at
+# all (OFF). With AUTO a compiler that will not do is no error: what is built then is the half for CPUs.
 
+function(flashmoe_without_cuda why)
+  if(FLASHMOE_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "FLASHMOE_CUDA is ON, and ${why}")
+  endif()
+  message(STATUS "flashmoe is built without its CUDA half: ${why}")
+endfunction()
+
+set(with_cuda FALSE)
 if(NOT FLASHMOE_CUDA STREQUAL "OFF")
   include(CheckLanguage)
+  # In a project of its own, so that a compiler that fails does not fail ours.
   check_language(CUDA)
-  if(FLASHMOE_CUDA STREQUAL "ON" AND NOT CMAKE_CUDA_COMPILER)
-    message(FATAL_ERROR "FLASHMOE_CUDA is ON, and no CUDA compiler was found; CMAKE_CUDA_COMPILER names one")
+  if(NOT CMAKE_CUDA_COMPILER)
+    flashmoe_without_cuda("no CUDA compiler that works was found; CMAKE_CUDA_COMPILER names one")
+  else()
+    if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+      set(CMAKE_CUDA_ARCHITECTURES 80)
+    endif()
+    enable_language(CUDA)
+    find_package(CUDAToolkit QUIET)
+    if(NOT CMAKE_CUDA_COMPILER_ID STREQUAL "NVIDIA" OR CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.4)
+      flashmoe_without_cuda("${CMAKE_CUDA_COMPILER} is ${CMAKE_CUDA_COMPILER_ID} ${CMAKE_CUDA_COMPILER_VERSION}, nvcc 12.4 is the least")
+    elseif(NOT "cuda_std_20" IN_LIST CMAKE_CUDA_COMPILE_FEATURES)
+      flashmoe_without_cuda("${CMAKE_CUDA_COMPILER} with its host compiler does not know C++20")
+    elseif(NOT TARGET CUDA::cudart_static)
+      flashmoe_without_cuda("no cudart_static was found beside ${CMAKE_CUDA_COMPILER}")
+    else()
+      set(with_cuda TRUE)
+    endif()
   endif()
 endif()
 
-if(CMAKE_CUDA_COMPILER)
-  set(FLASHMOE_CUDA_ARCHITECTURES "80-real;90a-real;100a-real" CACHE STRING "What nvcc compiles for")
+if(with_cuda)
+  # Machine code for Ampere, Hopper and Blackwell, and PTX of 8.0 for every GPU that has none of them for itself.
+  set(architectures "80;90a-real")
+  if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
+    list(APPEND architectures "100-real")
+  endif()
+  set(FLASHMOE_CUDA_ARCHITECTURES "${architectures}" CACHE STRING "What nvcc compiles for")
   set(CMAKE_CUDA_ARCHITECTURES ${FLASHMOE_CUDA_ARCHITECTURES})
-  enable_language(CUDA)
-  find_package(CUDAToolkit REQUIRED)
   # NDEBUG: an assert in a kernel serialises its matrix products.
   set(CMAKE_CUDA_FLAGS_RELEASE "-O3 -DNDEBUG")
 
@@ -25,10 +53,15 @@ if(CMAKE_CUDA_COMPILER)
     target_sources(_C PRIVATE $<TARGET_OBJECTS:${name}>)
   endfunction()
 
-  flashmoe_add_cuda(flashmoe_cuda csrc/runtime/moe_cuda.cu csrc/runtime/moe_cuda_exact.cu csrc/runtime/moe_cuda_sm80.cu)
+  file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/runtime/*.cu)
   # What is Hopper's alone no other architecture can compile.
-  flashmoe_add_cuda(flashmoe_cuda_sm90 csrc/runtime/moe_cuda_sm90.cu)
+  set(hopper_sources ${CMAKE_SOURCE_DIR}/csrc/runtime/moe_cuda_sm90.cu)
+  list(REMOVE_ITEM cuda_sources ${hopper_sources})
+  flashmoe_add_cuda(flashmoe_cuda ${cuda_sources})
+  flashmoe_add_cuda(flashmoe_cuda_sm90 ${hopper_sources})
   set_target_properties(flashmoe_cuda_sm90 PROPERTIES CUDA_ARCHITECTURES 90a-real)
   target_link_libraries(_C PRIVATE CUDA::cudart_static)
-  target_compile_definitions(_C PRIVATE FLASHMOE_WITH_CUDA)
+  list(JOIN FLASHMOE_CUDA_ARCHITECTURES " " architectures)
+  target_compile_definitions(_C PRIVATE
+    FLASHMOE_WITH_CUDA="${architectures}" FLASHMOE_CUDA_COMPILER="${CMAKE_CUDA_COMPILER_VERSION}")
 endif()

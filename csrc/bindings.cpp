@@ -89,8 +89,13 @@ py::dict stats(const Group& group) {
 
 py::dict build_info() {
   py::dict features;
-  features["host"] = true, features["cuda"] = false, features["nvshmem"] = false;
   py::dict d;
+#ifdef FLASHMOE_WITH_CUDA
+  features["host"] = true, features["cuda"] = true, features["nvshmem"] = false;
+  d["cuda_architectures"] = FLASHMOE_WITH_CUDA, d["cuda_compiler"] = FLASHMOE_CUDA_COMPILER;
+#else
+  features["host"] = true, features["cuda"] = false, features["nvshmem"] = false;
+#endif
   d["version"] = FLASHMOE_VERSION, d["compiler"] = __VERSION__, d["cpp_standard"] = __cplusplus;
   d["isa"] = cpu_isa(), d["features"] = features;
   d["block_rows"] = kBlockM, d["chunk_rows"] = kChunkRows;
@@ -155,16 +160,23 @@ PYBIND11_MODULE(_C, m) {
 #ifdef FLASHMOE_WITH_CUDA
   m.def("num_cuda_devices", &num_cuda_devices);
   py::class_<ForwardArgs>(m, "ForwardArgs").def(py::init(&forward_args));
-  py::class_<CudaTeam>(m, "CudaTeam")
-      .def(py::init([](int device, const Limits& limits, double timeout_s, double entry_timeout_s, int sm_margin,
-                       bool exact) {
-             return std::make_unique<CudaTeam>(CudaOptions{device, limits, timeout_s, entry_timeout_s, sm_margin, exact});
+  py::class_<CudaTeam, std::shared_ptr<CudaTeam>>(m, "CudaTeam")
+      .def(py::init([](int device, std::optional<Limits> limits, double timeout_s, double entry_timeout_s, int sm_margin,
+                       bool exact, int missing_ranks) {
+             return std::make_shared<CudaTeam>(
+                 CudaOptions{device, limits, timeout_s, entry_timeout_s, sm_margin, exact, missing_ranks});
            }),
-           py::arg("device"), py::arg("limits"), py::arg("timeout_s") = 60.0, py::arg("entry_timeout_s") = 600.0,
-           py::arg("sm_margin") = 0, py::arg("exact") = false)
-      .def("forward", [](CudaTeam& team, const std::vector<ForwardArgs>& ranks, uintptr_t stream) {
-        py::gil_scoped_release release;
-        team.forward(ranks, reinterpret_cast<void*>(stream));
-      });
+           py::arg("device"), py::arg("limits") = py::none(), py::arg("timeout_s") = 60.0,
+           py::arg("entry_timeout_s") = 600.0, py::arg("sm_margin") = 0, py::arg("exact") = false,
+           py::arg("missing_ranks") = 0)
+      .def("forward",
+           [](CudaTeam& team, const std::vector<ForwardArgs>& ranks, uintptr_t stream, bool tf32) {
+             py::gil_scoped_release release;
+             team.forward(ranks, reinterpret_cast<void*>(stream), tf32);
+           },
+           py::arg("ranks"), py::arg("stream"), py::arg("tf32") = false)
+      .def("check", &CudaTeam::check, py::call_guard<py::gil_scoped_release>())
+      .def("tokens_per_expert", &CudaTeam::tokens_per_expert, py::arg("layer"), py::arg("rank") = 0,
+           py::call_guard<py::gil_scoped_release>());
 #endif
 }

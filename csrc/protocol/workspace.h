@@ -8,7 +8,7 @@ namespace flashmoe {
 
 // Why a call ended early. The first to notice writes it; everyone leaves the loop.
 enum class Phase : uint32_t { kNone, kHeader, kChunk, kResults, kQuiet };
-enum class Failure : uint32_t { kNone, kTimeout, kPeerDied, kPeerAborted, kOtherCall };
+enum class Failure : uint32_t { kNone, kTimeout, kPeerDied, kPeerAborted, kOtherCall, kBadId };
 
 struct Status {
   uint32_t claimed;  // 0 → 1 by the one who fills in the rest
@@ -17,10 +17,12 @@ struct Status {
   int32_t peer;
   int32_t expert;  // local to `peer`, or -1
   uint64_t epoch;  // of the call
-  uint64_t seen;   // the word that was there instead
+  CallTag tag;     // of the call
+  uint64_t seen;   // the word that was there instead; kBadId: the id
   uint64_t waited_ns;
   CallTag peer_tag;  // kOtherCall, where the packet had rows
   uint32_t has_peer_tag;
+  int32_t token, choice;  // kBadId: of whom
 };
 
 // What the machine that computes the call adds to its shapes.
@@ -133,7 +135,7 @@ struct Workspace {
       *counters = Counters{};
       counters->last_progress_ns = now_ns;
       *status = Status{};
-      status->epoch = call.epoch;
+      status->epoch = call.epoch, status->tag = call.tag;
     }
     for (int i = group.rank(); i < call.ep_size; i += group.size()) num_chunks[i] = chunks_ready[i] = 0;
     for (int e = group.rank(); e < call.num_local_experts(); e += group.size()) row_offset[e] = next_block[e] = 0;

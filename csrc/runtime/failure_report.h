@@ -29,7 +29,7 @@ struct RankNames {
   }
 };
 
-inline std::string describe_wait(const Call& call, const Status& status, const RankNames& name) {
+inline std::string describe_wait(const Status& status, const RankNames& name) {
   std::ostringstream s;
   const uint64_t epoch = signal_epoch(status.seen);
   switch (Phase(status.phase)) {
@@ -39,29 +39,38 @@ inline std::string describe_wait(const Call& call, const Status& status, const R
     case Phase::kQuiet: return "its own transfers to land";
     case Phase::kNone: return "nothing";
   }
-  s << " (expected epoch " << call.epoch << ", seen " << epoch << ")";
+  s << " (expected epoch " << status.epoch << ", seen " << epoch << ")";
   return s.str();
 }
 
-inline std::string describe_failure(const GroupOptions& group, const Call& call, const Status& status) {
+inline std::string describe_bad_id(const Status& s) {
+  const int experts = s.tag.num_experts;
+  std::ostringstream text;
+  text << "topk_ids must lie in [0, " << experts << ") (" << experts << " or -1: dropped), got " << int64_t(s.seen)
+       << " for token " << s.token << ", choice " << s.choice;
+  return text.str();
+}
+
+// Of `rank`, in a group of that name and of those ranks. The report ends with what can be done about it.
+inline std::string describe_failure(const GroupOptions& group, int rank, const Status& status, const char* remedy) {
   const RankNames name{group.global_ranks};
   std::ostringstream s;
-  s << "flashmoe group '" << group.name << "', " << name(call.ep_rank) << ", call " << call.epoch << " of "
-    << describe_tag(call.tag) << ": ";
+  s << "flashmoe group '" << group.name << "', " << name(rank) << ", call " << status.epoch << " of "
+    << describe_tag(status.tag) << ": ";
   const double seconds = double(status.waited_ns) * 1e-9;
   switch (Failure(status.failure)) {
     case Failure::kTimeout:
-      s << "no progress for " << seconds << " s while waiting for " << describe_wait(call, status, name)
+      s << "no progress for " << seconds << " s while waiting for " << describe_wait(status, name)
         << "; FLASHMOE_TIMEOUT_S and FLASHMOE_ENTRY_TIMEOUT_S set the limits";
       break;
     case Failure::kPeerDied:
       s << "the process of " << name(status.peer) << " ended while this rank was waiting for "
-        << describe_wait(call, status, name);
+        << describe_wait(status, name);
       break;
     case Failure::kPeerAborted: {
       static constexpr const char* kWhy[] = {"", "a deadline that passed", "a peer process that ended", "",
-                                             "ranks that call different layers"};
-      s << name(abort_origin(status.seen)) << " aborted because of " << kWhy[abort_failure(status.seen) % 5]
+                                             "ranks that call different layers", "an expert's id out of range"};
+      s << name(abort_origin(status.seen)) << " aborted because of " << kWhy[abort_failure(status.seen) % 6]
         << " (" << name(abort_about(status.seen)) << ")";
       break;
     }
@@ -70,11 +79,12 @@ inline std::string describe_failure(const GroupOptions& group, const Call& call,
       if (status.has_peer_tag)
         s << ": " << describe_tag(status.peer_tag);
       else
-        s << " (call digest " << (signal_payload(status.seen) >> 1) << ", expected " << tag_digest(call.tag) << ")";
+        s << " (call digest " << (signal_payload(status.seen) >> 1) << ", expected " << tag_digest(status.tag) << ")";
       break;
+    case Failure::kBadId: s << describe_bad_id(status); break;
     case Failure::kNone: break;
   }
-  s << ". The group cannot be used any more; flashmoe.distributed.init() makes a new one.";
+  s << ". " << remedy;
   return s.str();
 }
 

@@ -1,8 +1,10 @@
 // The operator on one GPU: one rank, or several virtual ranks that share it as one grid. Raw device pointers in; the
-// work is queued on the caller's stream, and nothing here waits for it.
+// work is queued on the caller's stream, after all calls of this GPU that were queued before, and nothing here waits
+// for it, except where a call needs more memory than any before it.
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "runtime/moe.h"
@@ -11,22 +13,33 @@ namespace flashmoe {
 
 struct CudaOptions {
   int device = 0;
-  Limits limits;  // ep_size ranks on this GPU, and the most that any call may ask for
+  std::optional<Limits> limits;  // ep_size ranks, and the most that a call may ask for; none: one rank, without limits
   double timeout_s = 60, entry_timeout_s = 600;
-  int sm_margin = 0;   // multiprocessors left to others
-  bool exact = false;  // products in fp32 also where the tensor cores could make them in 16 bits
+  int sm_margin = 0;      // multiprocessors left to others
+  bool exact = false;     // products in fp32 also where the tensor cores could make them in 16 bits
+  int missing_ranks = 0;  // so many of the last ranks never come, to show what becomes of the others
 };
 
 class CudaTeam {
  public:
+  // std::runtime_error: there is no such GPU, or not enough memory on it.
   explicit CudaTeam(const CudaOptions& options);
   ~CudaTeam();
 
-  // One call of every rank; ranks[r].expert_map is host memory, all else lies on the device. ids
-  // outside [0, num_experts) count as dropped. Rows of x, y and the weights must be multiples of 16 bytes.
-  // std::invalid_argument: nothing was queued. PeerError: an earlier call failed; its y is NaN, as is every later one.
-  // A captured call must have been made once before with the same shapes: memory does not grow in a capture.
-  void forward(const std::vector<ForwardArgs>& ranks, void* stream);
+  // One call of every rank; ranks[r].expert_map is host memory, all else lies on the device. With tf32, products of
+  // float32 may be rounded to it. Raises what check() raises, and then, as for std::invalid_argument and
+  // std::runtime_error, nothing has been queued. A call that is captured must find all its memory: make one call with
+  // the same layer, shapes and dtype before.
+  void forward(const std::vector<ForwardArgs>& ranks, void* stream, bool tf32);
+
+  // What an earlier call has left, as far as the GPU has come: its y is NaN.
+  // std::invalid_argument: a lone rank got an id that is no expert's; said once, the team goes on.
+  // PeerError: anything else; every later call fails likewise.
+  void check();
+
+  // Rows that each of the rank's experts computed in the last finished call of that layer, replays included. Waits for
+  // the GPU. None if the layer has not been called.
+  std::optional<std::vector<uint64_t>> tokens_per_expert(int layer, int rank);
 
  private:
   class Impl;

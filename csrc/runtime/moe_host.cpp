@@ -183,7 +183,9 @@ class Group::Impl {
 
   // Sticky: what peers hold of this group can never be trusted again.
   [[noreturn]] void fail(const Call& call, Workspace& ws) {
-    const std::string failure = describe_failure(options_, call, *ws.status);
+    const std::string failure =
+        describe_failure(options_, call.ep_rank, *ws.status,
+                         "The group cannot be used any more; flashmoe.distributed.init() makes a new one.");
     {
       std::lock_guard lock(outcome_mutex_);
       failure_ = failure;
