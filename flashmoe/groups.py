@@ -9,7 +9,7 @@ import weakref
 
 import torch
 
-from . import _C, distributed
+from . import _C, cuda_teams, distributed
 
 # Groups given as objects, by the name they got here; groups looked up by name, for check().
 _given_groups: weakref.WeakValueDictionary[str, _C.Group] = weakref.WeakValueDictionary()
@@ -42,10 +42,16 @@ def find(name: str) -> _C.Group:
 
 
 def check() -> None:
-    """Raises flashmoe.PeerError if an earlier call left a group of this process failed; else does nothing."""
+    """Raises what an earlier call of this process left behind; else does nothing.
+
+    flashmoe.PeerError for a group that has failed, or a GPU's call that passed its deadline; ValueError for an id
+    in topk_ids that a GPU found to be no expert's. It waits for nothing: of a GPU it knows what has run so far, so
+    call torch.cuda.synchronize() first to be sure.
+    """
     for group in [*_given_groups.values(), *_named_groups.values()]:
         if group.failed:
             raise _C.PeerError(group.failed)
+    cuda_teams.check()
 
 
 class LocalGroup:
@@ -84,18 +90,21 @@ _last_layer: dict[str | None, int] = {}
 _kept_stats: dict[tuple[str | None, int], dict] = {}
 
 
-def before_call(name: str | None, group: _C.Group, layer: int) -> None:
+def forward(name: str | None, group: _C.Group, layer: int, *arguments) -> None:
+    """One call, as _C.Group.forward takes it. None: the local group."""
     last = _last_layer.get(name, layer)
     if last != layer and last != 0:
         _kept_stats[name, last] = group.stats()
-
-
-def after_call(name: str | None, layer: int) -> None:
+    group.forward(*arguments)
     _last_layer[name] = layer
+    if name is None:
+        cuda_teams.device_of_layer.pop(layer, None)
 
 
 def stats_of_call(name: str | None, layer: int) -> dict | None:
-    """Statistics of that layer's last call in this process on that group (None: the local one)."""
+    """Statistics of that layer's last call in this process on that group (None: the local one, of whatever device)."""
+    if name is None and layer in cuda_teams.device_of_layer:
+        return cuda_teams.stats(layer)
     if _last_layer.get(name) != layer:
         return _kept_stats.get((name, layer))
     return (local.group if name is None else find(name)).stats()

@@ -53,14 +53,14 @@ def machine() -> dict[str, Any]:
 
 
 def information() -> dict[str, Any]:
-    """Everything ``flashmoe info`` tells. Looks for CUDA and NVSHMEM without loading them."""
+    """Everything ``flashmoe info`` tells. Asks the driver for its GPUs if this build can use any."""
     settings = Settings()
     return {
         "schema": 1,
         "versions": versions(),
         "build": dict(_C.build_info()),
         "machine": machine(),
-        "devices": ["cpu"],
+        "devices": ["cpu", *_gpus()],
         "found": {
             "cuda_in_torch": torch.version.cuda,
             "nvidia_driver": Path("/proc/driver/nvidia/version").exists(),
@@ -98,6 +98,8 @@ def information_text(information: dict[str, Any]) -> str:
         ("cores", f"{host['usable_cores']} usable of {host['cores']}"),
         ("memory", f"{host['available_memory_bytes'] / 2**30:.1f} GiB left of {host['memory_bytes'] / 2**30:.1f}"),
         ("devices", ", ".join(information["devices"])),
+        ("GPU code", f"for {build['cuda_architectures']}, by nvcc {build['cuda_compiler']}"
+                     if build["features"]["cuda"] else "none in this build"),
         ("CUDA", f"torch {found['cuda_in_torch'] or 'without'}, driver {'yes' if found['nvidia_driver'] else 'no'}, "
                  f"nvcc {found['nvcc'] or 'no'}"),
         ("NVSHMEM", found["nvshmem"] or "not installed"),
@@ -112,6 +114,12 @@ def _version_of(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _gpus() -> list[str]:
+    count = _C.num_cuda_devices() if hasattr(_C, "num_cuda_devices") else 0
+    named = count > 0 and torch.cuda.is_available()  # torch may be built without CUDA
+    return [f"cuda:{index} ({torch.cuda.get_device_name(index)})" if named else f"cuda:{index}" for index in range(count)]
 
 
 def _processor() -> str:

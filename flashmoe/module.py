@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import groups, ops
+from .arguments import ACTIVATION_CODES
 from .routing import Routing, make_router
 
 __all__ = ["MoE"]
@@ -72,8 +73,8 @@ class MoE(nn.Module):
         for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if activation not in ops.ACTIVATION_CODES:
-            raise ValueError(f"activation must be one of {', '.join(ops.ACTIVATION_CODES)}, got {activation!r}")
+        if activation not in ACTIVATION_CODES:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATION_CODES)}, got {activation!r}")
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
         self.num_experts, self.top_k = num_experts, top_k
         self.activation, self.gated, self.max_tokens = activation, gated, max_tokens
@@ -86,7 +87,8 @@ class MoE(nn.Module):
             self.ep_rank, self.ep_size = handle.ep_rank, handle.ep_size
             if self.ep_size > 1:  # the group of one rank grows with its calls
                 _check_limits(handle.limits, max_tokens, top_k, num_experts)
-        self.register_buffer("expert_map", self._placement(expert_map, device), persistent=False)
+        # No buffer, since it stays on the CPU when the layer moves: the operator reads it there.
+        self.expert_map = self._placement(expert_map)
         self.layer = next(_layer_numbers[self.group])
 
         options = {"device": device, "dtype": dtype}
@@ -101,7 +103,7 @@ class MoE(nn.Module):
         self.down_bias = nn.Parameter(torch.empty(num_local, hidden_size, **options)) if bias else None
         self.reset_parameters()
 
-    def _placement(self, expert_map, device) -> Tensor | None:
+    def _placement(self, expert_map) -> Tensor | None:
         """Checks the expert map, and sets local_experts by it."""
         num_experts, ep_size = self.num_experts, self.ep_size
         if expert_map is None:
@@ -120,7 +122,7 @@ class MoE(nn.Module):
             if not (isinstance(rank, int) and 0 <= rank < ep_size):
                 raise ValueError(f"expert_map[{expert}] must be a rank in [0, {ep_size}), got {rank!r}")
         self.local_experts = [expert for expert, rank in enumerate(ranks) if rank == self.ep_rank]
-        return torch.tensor(ranks, dtype=torch.int32, device=device)
+        return torch.tensor(ranks, dtype=torch.int32, device="cpu")
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -163,7 +165,8 @@ class MoE(nn.Module):
     def stats(self) -> dict | None:
         """Of this layer's last call, None before the first: ``tokens_per_expert``, the rows each local expert
         computed (from all ranks), and ``bytes_per_peer``, what this rank sent to each rank by kind (header, rows,
-        results, signals) as counted where it was sent.
+        results, signals) as counted where it was sent. After a call on a GPU this waits for the GPU, and tells of
+        the last call that ran there, also in the replay of a graph.
         """
         return groups.stats_of_call(self.group, self.layer)
 

@@ -1,4 +1,4 @@
-"""The operators: every tensor check, the torch.library registration, and nothing of the protocol.
+"""The operators: the call as torch sees it, the torch.library registration, and nothing of the protocol.
 
 Two operators share one body. ``flashmoe::moe_local`` (group=None) is pure: one process owns every expert.
 ``flashmoe::moe_ep`` is a call that all ranks of a group make together, so it is registered *effectful*: a
@@ -10,17 +10,15 @@ autograd key itself when no gradient is asked for: together that is a third of t
 
 from __future__ import annotations
 
-import math
+import functools
 
 import torch
 from torch import Tensor
 
-from . import groups
+from . import cuda_teams, groups
+from .arguments import ACTIVATION_CODES, DTYPE_CODES, check, raise_not_a_tensor
 
 __all__ = ["fused_moe"]
-
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-ACTIVATION_CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 
 
 def fused_moe(
@@ -39,6 +37,8 @@ def fused_moe(
     layer: int = 0,
 ) -> Tensor:
     """y[t] = Σ_j topk_weights[t, j] · FFN of expert topk_ids[t, j] on x[t], in float32, in the order of j.
+
+    All tensors lie on the CPU, or with group=None on one CUDA device; expert_map always on the CPU.
 
     x             [..., H] float32, bfloat16 or float16; T = the product of its leading sizes
     topk_ids      [T, k] int32 or int64; num_experts or -1 means dropped
@@ -59,10 +59,16 @@ def fused_moe(
     Raises TypeError for a wrong type or dtype, ValueError for a wrong shape, device, stride, id, or a call above
     the group's limits (nothing is sent then), flashmoe.PeerError when a peer is late, gone, or calls another
     layer.
+
+    On a GPU the call is queued on the current stream and nothing waits for it, except that a call larger than any
+    before allocates memory. So what only the GPU can see is told late: y of that call is NaN, and the next call on
+    the device, or flashmoe.check(), raises ValueError for an id, PeerError for a deadline. In a CUDA graph's capture
+    a call must find its memory: RuntimeError unless the same call was made before. Products of float32 are made in
+    tf32 if torch's own may be (torch.backends.cuda.matmul.fp32_precision).
     """
     required = isinstance(x, Tensor) and isinstance(topk_ids, Tensor) and isinstance(topk_weights, Tensor)
     if not (required and isinstance(gate_up_proj, Tensor) and isinstance(down_proj, Tensor)):
-        _raise_not_a_tensor(
+        raise_not_a_tensor(
             x=x, topk_ids=topk_ids, topk_weights=topk_weights, gate_up_proj=gate_up_proj, down_proj=down_proj
         )
     args = (
@@ -80,92 +86,6 @@ def fused_moe(
         return op(*args)
 
 
-# --- checks ---------------------------------------------------------------------------------------------------
-
-
-def _raise_not_a_tensor(**arguments) -> None:
-    for name, value in arguments.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-
-
-def _check(
-    x, topk_ids, topk_weights, gate_up_proj, down_proj, gate_up_bias, down_bias, expert_map, activation, gated
-) -> None:
-    """Everything about the arguments that shapes and types can say. Id values are checked where they are read."""
-    dtype = x.dtype
-    if dtype not in DTYPE_CODES:
-        raise TypeError(f"x must have dtype torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
-    for name, tensor in (
-        ("gate_up_proj", gate_up_proj), ("down_proj", down_proj), ("gate_up_bias", gate_up_bias),
-        ("down_bias", down_bias),
-    ):  # fmt: skip
-        if tensor is None:
-            continue
-        if tensor.dtype != dtype:
-            raise TypeError(f"{name} must have the dtype of x, {dtype}, got {tensor.dtype}")
-        if not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} must be contiguous, got strides {tuple(tensor.stride())} for shape {tuple(tensor.shape)}"
-            )
-    if topk_ids.dtype != torch.int64 and topk_ids.dtype != torch.int32:
-        raise TypeError(f"topk_ids must have dtype torch.int32 or torch.int64, got {topk_ids.dtype}")
-    if not topk_weights.dtype.is_floating_point:
-        raise TypeError(f"topk_weights must have a floating point dtype, got {topk_weights.dtype}")
-    if expert_map is not None:
-        if expert_map.dtype != torch.int32:
-            raise TypeError(f"expert_map must have dtype torch.int32, got {expert_map.dtype}")
-        if expert_map.ndim != 1 or not expert_map.is_contiguous():
-            raise ValueError(
-                f"expert_map must be contiguous with shape (num_experts,), got shape {tuple(expert_map.shape)} "
-                f"and strides {tuple(expert_map.stride())}"
-            )
-    on_cpu = x.is_cpu
-    if not on_cpu and x.device.type != "meta":  # meta: shapes alone, as a compiler asks for them
-        raise ValueError(f"x must be on the CPU: this build of flashmoe has no other device, got {x.device}")
-    for name, tensor in (
-        ("topk_ids", topk_ids), ("topk_weights", topk_weights), ("gate_up_proj", gate_up_proj),
-        ("down_proj", down_proj), ("gate_up_bias", gate_up_bias), ("down_bias", down_bias),
-        ("expert_map", expert_map),
-    ):  # fmt: skip
-        if tensor is not None and tensor.is_cpu != on_cpu:
-            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
-
-    if down_proj.ndim != 3:
-        raise ValueError(f"down_proj must have shape (E_local, H, I), got {tuple(down_proj.shape)}")
-    num_local, hidden, intermediate = down_proj.shape
-    up = 2 * intermediate if gated else intermediate
-    if gate_up_proj.shape != (num_local, up, hidden):
-        raise ValueError(
-            f"gate_up_proj must have shape (E_local, {'2I' if gated else 'I'}, H) = {(num_local, up, hidden)} "
-            f"to go with down_proj {tuple(down_proj.shape)}, got {tuple(gate_up_proj.shape)}"
-        )
-    if gate_up_bias is not None and gate_up_bias.shape != (num_local, up):
-        raise ValueError(
-            f"gate_up_bias must have shape (E_local, {'2I' if gated else 'I'}) = {(num_local, up)}, "
-            f"got {tuple(gate_up_bias.shape)}"
-        )
-    if down_bias is not None and down_bias.shape != (num_local, hidden):
-        raise ValueError(
-            f"down_bias must have shape (E_local, H) = {(num_local, hidden)}, got {tuple(down_bias.shape)}"
-        )
-    shape = x.shape
-    if len(shape) == 0 or shape[-1] != hidden:
-        raise ValueError(f"x must have shape (..., H = {hidden}) to go with down_proj, got {tuple(shape)}")
-    num_tokens = shape[0] if len(shape) == 2 else math.prod(shape[:-1])
-    ids_shape = topk_ids.shape
-    if len(ids_shape) != 2 or ids_shape[0] != num_tokens or ids_shape[1] == 0:
-        given_k = ids_shape[1] if len(ids_shape) == 2 and ids_shape[1] != 0 else None
-        weights_k = topk_weights.shape[1] if topk_weights.ndim == 2 else "k"
-        raise ValueError(
-            f"topk_ids must have shape (T, k) = ({num_tokens}, {given_k or weights_k}), got {tuple(ids_shape)}"
-        )
-    if topk_weights.shape != ids_shape:
-        raise ValueError(f"topk_weights must have shape (T, k) = {tuple(ids_shape)}, got {tuple(topk_weights.shape)}")
-    if activation not in ACTIVATION_CODES:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATION_CODES)}, got {activation!r}")
-
-
 # --- the operators --------------------------------------------------------------------------------------------
 
 
@@ -174,42 +94,46 @@ _NO_ROWS = torch.zeros(1, device="cpu")
 
 
 def _forward(
-    name, group, x, topk_ids, topk_weights, gate_up_proj, down_proj, gate_up_bias, down_bias, expert_map,
+    call, ep_size, x, topk_ids, topk_weights, gate_up_proj, down_proj, gate_up_bias, down_bias, expert_map,
     activation, gated, layer,
 ):  # fmt: skip
+    # On a GPU what is made here may be freed when the call is queued: its memory goes to later work of this stream.
     x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
     if topk_weights.dtype != torch.float32:
         topk_weights = topk_weights.to(torch.float32)
     y = torch.empty_like(x)
     num_tokens, top_k = topk_ids.shape
     num_local, hidden, intermediate = down_proj.shape
-    groups.before_call(name, group, layer)
-    group.forward(
+    call(
+        layer,
         x.data_ptr(), num_tokens, topk_ids.data_ptr(), topk_ids.element_size(), topk_weights.data_ptr(), top_k,
         gate_up_proj.data_ptr(), 0 if gate_up_bias is None else gate_up_bias.data_ptr() or _NO_ROWS.data_ptr(),
         down_proj.data_ptr(), 0 if down_bias is None else down_bias.data_ptr() or _NO_ROWS.data_ptr(), y.data_ptr(),
-        hidden, intermediate, num_local * group.ep_size if expert_map is None else expert_map.shape[0], num_local,
+        hidden, intermediate, num_local * ep_size if expert_map is None else expert_map.shape[0], num_local,
         DTYPE_CODES[x.dtype], ACTIVATION_CODES[activation], gated,
         0 if expert_map is None else expert_map.data_ptr(), layer,
     )  # fmt: skip
-    groups.after_call(name, layer)
     return y
 
 
 def _moe_local(*args):
-    _check(*args[:-1])
+    check(*args[:-1], in_group=False)
+    x = args[0]
+    if x.is_cuda:
+        return _forward(functools.partial(cuda_teams.forward, x.device.index, x.dtype), 1, *args)
     with groups.local.lock:
-        return _forward(None, groups.local.acquire(), *args)
+        return _forward(functools.partial(groups.forward, None, groups.local.acquire()), 1, *args)
 
 
 def _moe_ep(*args):
     *args, name = args
-    _check(*args[:-1])
-    return _forward(name, groups.find(name), *args)
+    check(*args[:-1], in_group=True)
+    group = groups.find(name)
+    return _forward(functools.partial(groups.forward, name, group), group.ep_size, *args)
 
 
 def _moe_fake(*args):
-    _check(*args[:10])
+    check(*args[:10], in_group=len(args) > 11)
     return torch.empty_like(args[0], memory_format=torch.contiguous_format)
 
 

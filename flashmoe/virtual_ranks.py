@@ -7,15 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _C
-from .ops import ACTIVATION_CODES, DTYPE_CODES
+from . import _C, cuda_teams
+from .arguments import ACTIVATION_CODES, DTYPE_CODES
 
-__all__ = ["VirtualRanks", "has_cuda"]
-
-
-def has_cuda() -> bool:
-    """This build has the CUDA half, and a GPU is here."""
-    return hasattr(_C, "CudaTeam") and _C.num_cuda_devices() > 0
+__all__ = ["VirtualRanks"]
 
 
 class VirtualRanks:
@@ -26,6 +21,9 @@ class VirtualRanks:
     Args:
         max_tokens, max_wire_bytes, max_top_k, max_experts: the most that any rank's call may ask for; bytes of a row.
         sm_margin: multiprocessors that are left to others.
+        exact: no tensor cores.
+        missing_ranks: so many of the last ranks never come, to show what becomes of the others. A call then has the
+            tensors of those that do.
 
     Raises:
         RuntimeError: this build has no CUDA half, or there is no GPU.
@@ -42,13 +40,20 @@ class VirtualRanks:
         device: int | None = None,
         timeout_s: float = 60.0,
         sm_margin: int = 0,
+        exact: bool = False,
+        missing_ranks: int = 0,
     ) -> None:
-        if not has_cuda():
+        if not cuda_teams.has_cuda():
             raise RuntimeError("flashmoe: this build has no CUDA half, or no GPU is here; `flashmoe info` tells which")
-        self.ep_size = ep_size
+        self.ep_size, self.num_calling = ep_size, ep_size - missing_ranks
         self.device = torch.cuda.current_device() if device is None else device
         limits = _C.Limits(ep_size, max_tokens, max_wire_bytes, max_top_k, max_experts)
-        self.team = _C.CudaTeam(self.device, limits, timeout_s=timeout_s, entry_timeout_s=timeout_s, sm_margin=sm_margin)
+        self.team = cuda_teams.watched(
+            _C.CudaTeam(
+                self.device, limits, timeout_s=timeout_s, entry_timeout_s=timeout_s, sm_margin=sm_margin, exact=exact,
+                missing_ranks=missing_ranks,
+            )
+        )  # fmt: skip
 
     def __call__(
         self,
@@ -60,26 +65,32 @@ class VirtualRanks:
         *,
         activation: str = "silu",
         gated: bool = True,
+        num_experts: int | None = None,
+        expert_map: Tensor | None = None,
         out: Sequence[Tensor] | None = None,
     ) -> list[Tensor]:
         """One call of all ranks, with one tensor a rank: shapes and dtypes as of :func:`flashmoe.fused_moe`.
 
-        Experts lie on the ranks in equal contiguous blocks; topk_weights are float32. Returns y of each rank.
+        topk_weights are float32, expert_map is on the CPU. Without it experts lie on the ranks in equal contiguous
+        blocks; num_experts is by default the sum of the ranks'. Returns y of each rank.
 
         Raises:
-            ValueError: a call above the limits, or widths that are no multiple of 16 bytes.
+            ValueError: a call above the limits.
             flashmoe.PeerError: an earlier call failed.
         """
-        out = [torch.empty_like(rows) for rows in x] if out is None else list(out)
-        num_experts = sum(weights.shape[0] for weights in down_proj)
+        out = [torch.empty_like(rows) for rows in x[: self.num_calling]] if out is None else list(out)
+        if num_experts is None:
+            num_experts = sum(weights.shape[0] for weights in down_proj)
+        owners = 0 if expert_map is None else expert_map.data_ptr()
         ranks = [
             _C.ForwardArgs(
                 x[r].data_ptr(), x[r].shape[0], topk_ids[r].data_ptr(), topk_ids[r].element_size(),
                 topk_weights[r].data_ptr(), topk_ids[r].shape[1], gate_up_proj[r].data_ptr(), 0,
                 down_proj[r].data_ptr(), 0, out[r].data_ptr(), down_proj[r].shape[1], down_proj[r].shape[2],
-                num_experts, down_proj[r].shape[0], DTYPE_CODES[x[r].dtype], ACTIVATION_CODES[activation], gated, 0, 0,
+                num_experts, down_proj[r].shape[0], DTYPE_CODES[x[r].dtype], ACTIVATION_CODES[activation], gated, owners, 0,
             )
-            for r in range(self.ep_size)
+            for r in range(self.num_calling)
         ]  # fmt: skip
-        self.team.forward(ranks, torch.cuda.current_stream(self.device).cuda_stream)
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        self.team.forward(ranks, stream, cuda_teams.may_round_to_tf32(x[0].dtype))
         return out

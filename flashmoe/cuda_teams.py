@@ -1,0 +1,104 @@
+"""The GPUs as group=None sees them: a team of one rank for each device, made at first use, that grows with its calls."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+
+import torch
+
+from . import _C
+from .settings import settings_of_environment
+
+SM_MARGIN_VARIABLE = "FLASHMOE_SM_MARGIN"
+
+# The device of each layer's last call, if that was on a GPU.
+device_of_layer: dict[int, int] = {}
+
+_lock = threading.Lock()
+_local: dict[int, _C.CudaTeam] = {}  # by device
+_watched: weakref.WeakSet[_C.CudaTeam] = weakref.WeakSet()
+
+
+def has_cuda() -> bool:
+    """This build has the CUDA half, and a GPU is here."""
+    return hasattr(_C, "CudaTeam") and _C.num_cuda_devices() > 0
+
+
+def watched(team: _C.CudaTeam) -> _C.CudaTeam:
+    """From now on check() tells of it."""
+    _watched.add(team)
+    return team
+
+
+def may_round_to_tf32(dtype: torch.dtype) -> bool:
+    """Whether torch's own products of that dtype may be made in tf32, by whichever of its settings."""
+    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def forward(device: int, dtype: torch.dtype, layer: int, *arguments) -> None:
+    """One call of the device's local team, queued on the current stream; arguments as of _C.ForwardArgs."""
+    with torch.cuda.device(device):
+        team = _team_of(device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        try:
+            team.forward([_C.ForwardArgs(*arguments)], stream, may_round_to_tf32(dtype))
+        except _C.PeerError:
+            _forget(team)  # the next call makes a new one
+            raise
+    device_of_layer[layer] = device
+
+
+def check() -> None:
+    """Raises what the GPU has reported so far of an earlier call."""
+    for team in list(_watched):
+        try:
+            team.check()
+        except _C.PeerError:
+            _forget(team)
+            raise
+
+
+def stats(layer: int) -> dict | None:
+    """Of the layer's last call on its GPU, for which this waits; of one that failed they mean nothing."""
+    team = _local.get(device_of_layer[layer])
+    tokens = None if team is None else team.tokens_per_expert(layer)
+    if tokens is None:
+        return None
+    return {
+        "tokens_per_expert": tokens,
+        "bytes_per_peer": {kind: [0] for kind in ("header", "rows", "results", "signals")},
+    }
+
+
+def sm_margin_asked() -> int:
+    """Multiprocessors that the local teams leave to others.
+
+    Raises:
+        ValueError: names the variable.
+    """
+    text = os.environ.get(SM_MARGIN_VARIABLE, "") or "0"
+    if not text.isdecimal():
+        raise ValueError(f"{SM_MARGIN_VARIABLE} must be a number of multiprocessors, 0 or more, got {text!r}")
+    return int(text)
+
+
+def _team_of(device: int) -> _C.CudaTeam:
+    with _lock:
+        team = _local.get(device)
+        if team is None:
+            settings = settings_of_environment()
+            team = _local[device] = watched(
+                _C.CudaTeam(
+                    device, timeout_s=settings.timeout_s, entry_timeout_s=settings.entry_timeout_s,
+                    sm_margin=sm_margin_asked(),
+                )
+            )  # fmt: skip
+        return team
+
+
+def _forget(team: _C.CudaTeam) -> None:
+    with _lock:
+        for device in [device for device, other in _local.items() if other is team]:
+            del _local[device]
