@@ -20,9 +20,10 @@ GOOD = ["USETMAXREG.DEALLOC.CTAPOOL 0x28", "UTMALDG.2D [UR8], [UR4]", "WARPGROUP
 def problems_of(opcodes, spills=0):
     kernels = check_cuda.read_ptxas(NOTES.format(spills=spills))
     lines = [f"        /*{16 * place:04x}*/                   {opcode} ;" for place, opcode in enumerate(opcodes)]
-    check_cuda.read_sass("\n".join(["\t\tFunction : sm90_moe", *lines]), kernels)
-    assert kernels["sm90_moe"].registers == 168
-    return kernels["sm90_moe"].problems()
+    check_cuda.read_sass("\n".join(["\tcode for sm_90a", "\t\tFunction : sm90_moe", *lines]), kernels)
+    kernel = kernels["sm90_moe", "sm_90a"]
+    assert kernel.registers == 168
+    return kernel.problems()
 
 
 def test_a_pipelined_kernel_passes():
@@ -50,3 +51,11 @@ def test_amperes_kernel_uses_its_units():
 )
 def test_a_kernel_that_lost_its_speed_is_refused(opcodes, spills, problem):
     assert problems_of(opcodes, spills) == [problem]
+
+
+def test_each_architecture_has_code_of_its_own():
+    kernels = check_cuda.read_ptxas(NOTES.format(spills=0) + NOTES.format(spills=4).replace("sm_90a", "sm_80"))
+    code = "        /*0000*/                   EXIT ;"
+    check_cuda.read_sass("\n".join(["\tcode for sm_80", "\t\tFunction : sm90_moe", code]), kernels)
+    assert {arch: (k.spills, len(k.sass)) for (_, arch), k in kernels.items()} == {"sm_90a": (0, 0), "sm_80": (4, 1)}
+    assert "no machine code" in kernels["sm90_moe", "sm_90a"].problems()

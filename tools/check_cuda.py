@@ -1,11 +1,13 @@
-"""Compile the CUDA sources for every architecture and prove from the machine code what no test without a GPU can see.
+"""Prove from the CUDA half as it ships what no test without a GPU can see.
 
-    python tools/check_cuda.py [SOURCE ...]     (needs the packages of requirements-cuda.txt)
+    python tools/check_cuda.py               builds the extension for every architecture, and checks all of it
+    python tools/check_cuda.py SOURCE ...    compiles and checks these sources alone: quicker, while working on one
 
-For every kernel: no spills, and none of ptxas' notes that it gave up registers or pipelining. For Ampere's: that the
-matrix unit, its loads and the copies that do not wait are used. For Hopper's: that the matrix unit, TMA and the
-register hand-over are used, that products are issued in groups, and that nothing is called between the first product
-and the last. Ends with a table, and exit code 1 if anything failed.
+Needs the packages of requirements-cuda.txt. For every kernel: no spills, and none of ptxas' notes that it gave up
+registers or pipelining. For Ampere's: that the matrix unit, its loads and the copies that do not wait are used. For
+Hopper's: that the matrix unit, TMA and the register hand-over are used, that products are issued in groups, and that
+nothing is called between the first product and the last. Of the extension: that without a driver it can be imported,
+computes on the CPU, and says clearly what it cannot do. Ends with a table, and exit code 1 if anything failed.
 """
 
 import os
@@ -13,7 +15,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,21 +22,40 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# What each source is compiled for. A kernel is Hopper's if its name says sm90, Ampere's if it says sm80.
-SOURCES = {
-    "tests/cuda/verbs_compile.cu": ("80", "90a", "100"),
-    "csrc/runtime/moe_cuda_exact.cu": ("80", "90a", "100"),
-    "csrc/runtime/moe_cuda_sm80.cu": ("80", "90a", "100"),
-    "csrc/runtime/moe_cuda_sm90.cu": ("90a",),
-}
+ARCHITECTURES = ("80", "90a", "100")
+# Sources that one architecture alone can compile. A kernel is Hopper's if its name says sm90, Ampere's if it says
+# sm80.
+ALONE = {"csrc/runtime/moe_cuda_sm90.cu": ("90a",)}
+VERBS = "tests/cuda/verbs_compile.cu"  # not part of the extension
 COUNTED = ("HMMA", "LDGSTS", "LDSM", "HGMMA", "UTMALDG", "USETMAXREG")
 # setmaxnreg ignored; wgmma serialised because of a call; wgmma serialised for another reason.
 FATAL_NOTES = ("C7504", "C7509", "C7510")
+# What the extension must do where there is no driver, in a process that sees no GPU.
+WITHOUT_A_DRIVER = """
+import torch, flashmoe
+from flashmoe import _C
+assert flashmoe.build_info()["features"]["cuda"], "built without CUDA"
+assert _C.num_cuda_devices() == 0
+try:
+    _C.CudaTeam(0)
+except RuntimeError as error:
+    assert "driver" in str(error) or "CUDA-capable device" in str(error), error
+    print("  CudaTeam says:", error)
+else:
+    raise AssertionError("a team without a GPU")
+x, gate_up, down = torch.randn(5, 16), torch.randn(4, 48, 16), torch.randn(4, 16, 24)
+ids, weights = torch.randint(0, 4, (5, 2)), torch.rand(5, 2)
+y = flashmoe.fused_moe(x, ids, weights, gate_up, down)
+torch.testing.assert_close(y, flashmoe.moe_reference(x, ids, weights, gate_up, down))
+flashmoe.check()
+print("  fused_moe computes on the CPU")
+"""
 
 
 @dataclass
 class Kernel:
     name: str
+    arch: str
     registers: int = 0
     spills: int = 0
     stack: int = 0
@@ -46,6 +66,8 @@ class Kernel:
 
     def problems(self) -> list[str]:
         found = [f"{self.spills} bytes spilled"] if self.spills else []
+        if not self.sass:
+            found.append("no machine code")
         if "sm80" in self.name.lower():
             found += [f"no {opcode}" for opcode in ("HMMA", "LDGSTS", "LDSM") if not self.count(opcode)]
         if "sm90" not in self.name.lower():
@@ -63,56 +85,102 @@ class Kernel:
         return found
 
 
+Kernels = dict[tuple[str, str], Kernel]  # by name and architecture
+
+
 def toolkit() -> Path:
     """The folder of the CUDA compiler in this environment."""
-    found = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13"
-    if not (found / "bin" / "nvcc").exists():
-        sys.exit(f"no CUDA compiler in {found}: pip install -r requirements-cuda.txt")
-    return found
+    for folder in sys.path:
+        found = Path(folder) / "nvidia" / "cu13"
+        if (found / "bin" / "nvcc").exists():
+            return found
+    sys.exit("no CUDA compiler in this environment: pip install -r requirements-cuda.txt")
 
 
-def compile_for(source: str, arch: str, folder: Path) -> tuple[list[Kernel], list[str], float]:
+def environment() -> dict[str, str]:
+    # The packages keep their libraries in lib, where the compiler looks in lib64.
+    cuda = toolkit()
+    path, libraries = os.environ["PATH"], os.environ.get("LIBRARY_PATH")
+    return os.environ | {
+        "PATH": f"{cuda / 'bin'}:{path}", "LIBRARY_PATH": f"{cuda / 'lib'}" + (f":{libraries}" if libraries else ""),
+    }  # fmt: skip
+
+
+def compile_for(source: str, arch: str, folder: Path) -> tuple[Kernels, list[str], float]:
     """Kernels of the source as compiled for sm_<arch>, problems of the compilation, and its seconds."""
-    cuda, cubin = toolkit(), folder / f"{Path(source).stem}.{arch}.cubin"
-    environment = os.environ | {"PATH": f"{cuda / 'bin'}:{os.environ['PATH']}"}
-    command = [cuda / "bin" / "nvcc", "-std=c++20", "-O3", "-DNDEBUG", "-I", ROOT / "csrc", "-Xptxas", "-v", "-cubin",
+    cubin = folder / f"{Path(source).stem}.{arch}.cubin"
+    command = [toolkit() / "bin" / "nvcc", "-std=c++20", "-O3", "-DNDEBUG", "-I", ROOT / "csrc", "-Xptxas", "-v", "-cubin",
                "-gencode", f"arch=compute_{arch},code=sm_{arch}", "-o", cubin, ROOT / source]  # fmt: skip
     start = time.monotonic()
-    built = subprocess.run(command, capture_output=True, text=True, env=environment)
+    built = subprocess.run(command, capture_output=True, text=True, env=environment())
     seconds, notes = time.monotonic() - start, built.stdout + built.stderr
     if built.returncode:
-        return [], [f"does not compile:\n{notes}"], seconds
-    problems = [line for line in notes.splitlines() if "warning" in line or any(note in line for note in FATAL_NOTES)]
-    dump = subprocess.run([cuda / "bin" / "cuobjdump", "-sass", cubin], capture_output=True, text=True, env=environment)
+        return {}, [f"does not compile:\n{notes}"], seconds
+    return *check_code(notes, cubin), seconds
+
+
+def build_extension() -> tuple[Kernels, list[str], float, Path | None]:
+    """Kernels of flashmoe._C as it ships, problems, seconds, and the library."""
+    import ninja
+    import pybind11
+
+    folder, cuda = ROOT / "build" / "check-cuda", toolkit()
+    # Only what is compiled now leaves notes.
+    for objects in (folder / "CMakeFiles").glob("flashmoe_cuda*.dir"):
+        shutil.rmtree(objects)
+    commands = [
+        ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", "--log-level=WARNING", "-DFLASHMOE_CUDA=ON",
+         "-DCMAKE_CUDA_FLAGS=-Xptxas -v", f"-DCMAKE_CUDA_COMPILER={cuda / 'bin' / 'nvcc'}",
+         f"-DCUDA_CUDART={next((cuda / 'lib').glob('libcudart.so*'))}", f"-DPython_EXECUTABLE={sys.executable}",
+         f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR) / 'ninja'}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"],
+        ["cmake", "--build", folder, "--target", "_C"],
+    ]  # fmt: skip
+    start, notes = time.monotonic(), ""
+    for command in commands:
+        built = subprocess.run(command, capture_output=True, text=True, env=environment())
+        notes += built.stdout + built.stderr
+        if built.returncode:
+            return {}, [f"does not build:\n{notes[-4000:]}"], time.monotonic() - start, None
+    library = next(folder.glob("_C.*.so"))
+    kernels, problems = check_code(notes, library)
+    found = {kernel.arch for kernel in kernels.values()}
+    problems += [f"has no kernels for sm_{arch}" for arch in ARCHITECTURES if f"sm_{arch}" not in found]
+    return kernels, problems, time.monotonic() - start, library
+
+
+def check_code(notes: str, binary: Path) -> tuple[Kernels, list[str]]:
+    warning = re.compile("warning #|(?:ptxas|nvcc) warning|" + "|".join(FATAL_NOTES))
+    problems = [line for line in notes.splitlines() if warning.search(line)]
+    command = [toolkit() / "bin" / "cuobjdump", "-sass", binary]
+    dump = subprocess.run(command, capture_output=True, text=True, env=environment())
     if dump.returncode:
-        return [], [*problems, f"cuobjdump: {dump.stderr}"], seconds
+        return {}, [*problems, f"cuobjdump: {dump.stderr}"]
     kernels = read_ptxas(notes)
     read_sass(dump.stdout, kernels)
-    if not kernels:
-        problems.append("has no kernels")
-    return list(kernels.values()), problems, seconds
+    return kernels, problems if kernels else [*problems, "has no kernels"]
 
 
-def read_ptxas(notes: str) -> dict[str, Kernel]:
-    kernels, name = {}, ""
+def read_ptxas(notes: str) -> Kernels:
+    kernels, kernel = {}, None
     for line in notes.splitlines():
-        if match := re.search(r"Compiling entry function '(\w+)'", line):
-            name = match[1]
-            kernels[name] = Kernel(name)
+        if match := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
+            kernel = kernels[match[1], match[2]] = Kernel(match[1], match[2])
         elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
-            if name:
-                kernels[name].stack, kernels[name].spills = int(match[1]), int(match[2]) + int(match[3])
-        elif (match := re.search(r"Used (\d+) registers", line)) and name:
-            kernels[name].registers = int(match[1])
-            name = ""
+            if kernel:
+                kernel.stack, kernel.spills = int(match[1]), int(match[2]) + int(match[3])
+        elif (match := re.search(r"Used (\d+) registers", line)) and kernel:
+            kernel.registers = int(match[1])
+            kernel = None
     return kernels
 
 
-def read_sass(dump: str, kernels: dict[str, Kernel]) -> None:
-    kernel = None
+def read_sass(dump: str, kernels: Kernels) -> None:
+    kernel, arch = None, ""
     for line in dump.splitlines():
-        if match := re.search(r"Function : (\w+)", line):
-            kernel = kernels.get(match[1])
+        if match := re.search(r"code for (sm_\w+)", line):
+            arch = match[1]
+        elif match := re.search(r"Function : (\w+)", line):
+            kernel = kernels.get((match[1], arch))
         elif kernel and re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+\S", line):
             kernel.sass.append(line)
 
@@ -126,26 +194,47 @@ def readable(name: str) -> str:
     return re.sub(r"\((DType)\)(\d)", r"\1 \2", text).split("(")[0]
 
 
+def report(title: str, kernels: Kernels, problems: list[str], seconds: float) -> bool:
+    """Prints what was found; whether all of it is well."""
+    print(f"{title}  {seconds:.1f} s")
+    for problem in problems:
+        print(f"  FAILED: {problem}")
+    well = not problems
+    for kernel in sorted(kernels.values(), key=lambda kernel: (kernel.arch, kernel.name)):
+        found = kernel.problems()
+        well = well and not found
+        opcodes = ", ".join(f"{kernel.count(o)} {o}" for o in COUNTED if kernel.count(o))
+        print(f"  {kernel.arch:6s} {kernel.registers:3d} registers, {kernel.spills} spilled  {readable(kernel.name)}  {opcodes}")
+        for problem in found:
+            print(f"    FAILED: {problem}")
+    sys.stdout.flush()
+    return well
+
+
+def try_without_driver(library: Path, folder: Path) -> bool:
+    """The package with this library, in a process that sees no GPU."""
+    shutil.copytree(ROOT / "flashmoe", folder / "flashmoe", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copy2(library, folder / "flashmoe")
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(folder)}
+    ran = subprocess.run([sys.executable, "-c", WITHOUT_A_DRIVER], env=hidden, cwd=folder, capture_output=True, text=True)
+    print(f"without a driver\n{ran.stdout}{ran.stderr if ran.returncode else ''}", end="")
+    return ran.returncode == 0
+
+
 def main() -> int:
-    chosen = sys.argv[1:] or list(SOURCES)
-    jobs = [(source, arch) for source in chosen for arch in SOURCES[source]]
-    failed = False
+    chosen = sys.argv[1:]
+    jobs = [(source, arch) for source in chosen or [VERBS] for arch in ALONE.get(source, ARCHITECTURES)]
+    well = True
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(lambda job: compile_for(*job, Path(folder)), jobs)
-        for (source, arch), (kernels, problems, seconds) in zip(jobs, results, strict=True):
-            print(f"{source}  sm_{arch}  {seconds:.1f} s")
-            for problem in problems:
-                print(f"  FAILED: {problem}")
-            failed = failed or bool(problems)
-            for kernel in kernels:
-                found = kernel.problems()
-                failed = failed or bool(found)
-                opcodes = ", ".join(f"{kernel.count(o)} {o}" for o in COUNTED if kernel.count(o))
-                print(f"  {kernel.registers:3d} registers, {kernel.spills} spilled  {readable(kernel.name)}  {opcodes}")
-                for problem in found:
-                    print(f"    FAILED: {problem}")
-    print("FAILED" if failed else f"OK: {len(jobs)} compilations")
-    return int(failed)
+        for (source, _), result in zip(jobs, results, strict=True):
+            well &= report(source, *result)
+        if not chosen:
+            *result, library = build_extension()
+            well &= report("flashmoe._C", *result)
+            well &= library is not None and try_without_driver(library, Path(folder))
+    print("OK" if well else "FAILED")
+    return int(not well)
 
 
 if __name__ == "__main__":
