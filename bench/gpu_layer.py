@@ -1,14 +1,18 @@
-"""Times the kernel on one GPU beside torch's grouped_mm chain, with cuBLAS on the same FLOPs as the ceiling.
+"""Times fused_moe on one GPU beside torch's grouped_mm chain and Triton, with cuBLAS on the same FLOPs as the ceiling.
 
-    python bench/gpu_layer.py [--json FILE] [--models NAME ...] [--tokens T ...] [--ranks W ...]
+    python bench/gpu_layer.py [--json FILE] [--models NAME ...] [--tokens T ...] [--decode T ...] [--ranks W ...]
+                              [--seconds S]
 
-All are timed in turns, with CUDA events, on random bf16 data; the result is checked before it is timed.
+Random bf16 data; each result is checked before it is timed. Prefill is timed with CUDA events, call by call; decode in
+CUDA graphs, beside the time that its experts' weights take from memory at the bandwidth of a large copy. All contenders
+of a shape take turns. No shape is begun after S seconds.
 """
 
 import argparse
 import json
 import statistics
 import sys
+import time
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +23,15 @@ from flashmoe.models import SHAPES, LayerShape
 from flashmoe.virtual_ranks import VirtualRanks
 
 ROUNDS, WARMUP = 15, 3
+CALLS_OF_A_GRAPH = 10
+TOLERANCE = 2e-2
 
 
 def draw(shape: LayerShape, tokens: int):
     generator = torch.Generator("cuda").manual_seed(0)
 
     def normal(*size, scale=1.0):
-        return torch.randn(*size, generator=generator, device="cuda", dtype=torch.bfloat16) * scale
+        return torch.empty(size, device="cuda", dtype=torch.bfloat16).normal_(std=scale, generator=generator)
 
     gate_up = normal(shape.num_experts, shape.up_rows, shape.hidden_size, scale=shape.hidden_size**-0.5)
     down = normal(shape.num_experts, shape.hidden_size, shape.intermediate_size, scale=shape.intermediate_size**-0.5)
@@ -34,24 +40,26 @@ def draw(shape: LayerShape, tokens: int):
     return normal(tokens, shape.hidden_size), ids, weights, gate_up, down
 
 
-def flashmoe_call(shape: LayerShape, ranks: int, x, ids, weights, gate_up, down):
+def ranks_call(shape: LayerShape, ranks: int, x, ids, weights, gate_up, down):
+    """The same call by virtual ranks."""
     team = VirtualRanks(
         ranks, max_tokens=-(-len(x) // ranks), max_wire_bytes=shape.hidden_size * 2, max_top_k=shape.top_k,
         max_experts=shape.num_experts,
     )  # fmt: skip
     parts = [part.tensor_split(ranks) for part in (x, ids, weights)]
     experts = [part.chunk(ranks) for part in (gate_up, down)]
-    return lambda: team(*parts, *experts, activation=shape.activation, gated=shape.gated)
+    return lambda: torch.cat(team(*parts, *experts, activation=shape.activation, gated=shape.gated))
 
 
 def grouped_call(shape: LayerShape, x, ids, weights, gate_up, down):
     """Sort by expert, two grouped products, scatter-add: what one writes with torch alone."""
     activate = {"silu": F.silu, "relu": F.relu}[shape.activation]
+    experts = torch.arange(shape.num_experts, device=x.device)
 
     def call():
-        order = ids.flatten().argsort()
+        sorted_ids, order = ids.flatten().sort()
         rows = order // shape.top_k
-        ends = torch.bincount(ids.flatten(), minlength=shape.num_experts).cumsum(0).to(torch.int32)
+        ends = torch.searchsorted(sorted_ids, experts, right=True).to(torch.int32)  # a bincount would wait
         hidden = F.grouped_mm(x[rows], gate_up.transpose(1, 2), offs=ends)
         if shape.gated:
             gate, up = hidden.chunk(2, -1)
@@ -74,6 +82,38 @@ def ceiling_call(shape: LayerShape, tokens: int):
     return lambda: (x @ up.T, hidden @ down.T)
 
 
+def contenders(shape: LayerShape, data, ranks: list[int]) -> tuple[dict, dict]:
+    """Calls by name, checked against the reference, and why others are missing."""
+    x, ids, weights, gate_up, down = data
+    options = {"activation": shape.activation, "gated": shape.gated}
+    made = {
+        "flashmoe": lambda: lambda: flashmoe.fused_moe(*data, **options),
+        **{f"flashmoe, W = {w}": lambda w=w: ranks_call(shape, w, *data) for w in ranks if w > 1},
+        "torch grouped_mm chain": lambda: grouped_call(shape, *data),
+        "triton": lambda: triton_call(data, options),
+    }
+    few = slice(0, min(len(x), 64))
+    want = flashmoe.moe_reference(x[few], ids[few], weights[few], gate_up, down, **options)
+    calls, missing = {}, {}
+    for name, make in made.items():
+        try:
+            call = make()
+            got = call()[few].float()
+            error = ((got - want).abs().amax(-1) / want.abs().amax(-1)).max().item()
+            if not error <= TOLERANCE:
+                raise ValueError(f"relative error {error:.1e}")
+            calls[name] = call
+        except Exception as error:  # one contender must not cost the others their turn
+            missing[name] = f"{type(error).__name__}: {error}"[:300]
+    return calls, missing
+
+
+def triton_call(data, options):
+    from triton_moe import triton_moe  # where there is no Triton the others are timed
+
+    return lambda: triton_moe(*data, **options)
+
+
 def milliseconds(call) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -83,58 +123,107 @@ def milliseconds(call) -> float:
     return start.elapsed_time(end)
 
 
-def measure(shape: LayerShape, tokens: int, ranks: int) -> dict:
-    data = draw(shape, tokens)
-    calls = {"flashmoe": flashmoe_call(shape, ranks, *data), "cublas, same FLOPs": ceiling_call(shape, tokens)}
-    if hasattr(F, "grouped_mm"):
-        calls["torch grouped_mm chain"] = grouped_call(shape, *data)
-    checked = slice(0, min(tokens, 64))
-    x, ids, weights, gate_up, down = data
-    want = flashmoe.moe_reference(
-        x[checked], ids[checked], weights[checked], gate_up, down, activation=shape.activation, gated=shape.gated
-    )
-    got = torch.cat(calls["flashmoe"]())[checked].float()
-    error = ((got - want).abs().amax(-1) / want.abs().amax(-1)).max().item()
+def timed(calls: dict, calls_of_each: int = 1) -> dict:
     samples = {name: [] for name in calls}
     for number in range(WARMUP + ROUNDS):
         for name, call in calls.items():
-            elapsed = milliseconds(call)
+            elapsed = milliseconds(call) / calls_of_each
             if number >= WARMUP:
                 samples[name].append(elapsed)
-    flops = 2 * tokens * shape.top_k * shape.expert_elements
-    times = {
-        name: {"p50_ms": statistics.median(s), "min_ms": min(s), "max_ms": max(s), "tflops": flops / statistics.median(s) / 1e9}
-        for name, s in samples.items()
-    }
-    return {"model": shape.name, "tokens": tokens, "ranks": ranks, "relative_error": error, "times": times}
+    return {name: {"p50_ms": statistics.median(s), "min_ms": min(s), "max_ms": max(s)} for name, s in samples.items()}
+
+
+def in_graph(call):
+    """Replays a graph of several calls, one after the other."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS_OF_A_GRAPH):
+            call()
+    return graph.replay
+
+
+def bytes_per_second() -> float:
+    """Of memory, reading and writing, in a copy that no cache holds."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    to = torch.empty_like(source)
+    return 2 * source.numel() / (min(milliseconds(lambda: to.copy_(source)) for _ in range(5)) / 1e3)
+
+
+def measure_prefill(shape: LayerShape, tokens: int, ranks: list[int]) -> dict:
+    calls, missing = contenders(shape, draw(shape, tokens), ranks)
+    calls["cublas, same FLOPs"] = ceiling_call(shape, tokens)
+    times = timed(calls)
+    for one in times.values():
+        one["tflops"] = shape.flops(tokens * shape.top_k) / one["p50_ms"] / 1e9
+    return {"kind": "prefill", "times": times, "missing": missing}
+
+
+def measure_decode(shape: LayerShape, tokens: int, bandwidth: float) -> dict:
+    data = draw(shape, tokens)
+    calls, missing = contenders(shape, data, [])
+    graphs = {}
+    for name, call in calls.items():
+        try:
+            graphs[name] = in_graph(call)
+        except Exception as error:
+            missing[name] = f"in a graph: {type(error).__name__}: {error}"[:300]
+    times = timed(graphs, CALLS_OF_A_GRAPH)
+    read = data[1].unique().numel() * shape.expert_elements * 2
+    floor = read / bandwidth * 1e3
+    for one in times.values():
+        one["share_of_floor"] = floor / one["p50_ms"]
+    return {"kind": "decode", "weight_bytes": read, "floor_ms": floor, "times": times, "missing": missing}
+
+
+def line(one: dict) -> str:
+    text = f"{one['model']:16s} {one['kind']:8s} T = {one['tokens']:5d}"
+    if "failure" in one:
+        return f"{text}  FAILED: {one['failure']}"
+    if "floor_ms" in one:
+        text += f"  memory's floor {one['floor_ms']:.3f} ms"
+    for name, t in one["times"].items():
+        rate = f"{t['tflops']:.0f} TFLOP/s" if "tflops" in t else f"{100 * t['share_of_floor']:.0f} %"
+        text += f"\n    {name:24s} {t['p50_ms']:9.3f} ms  {rate}"
+    return text + "".join(f"\n    {name:24s} MISSING: {why}" for name, why in one["missing"].items())
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json")
     parser.add_argument("--models", nargs="+", default=["mixtral-8x7b", "qwen3-30b-a3b", "flashmoe-paper"])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 128, 8192])
-    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[8192, 512])
+    parser.add_argument("--decode", nargs="+", type=int, default=[1, 8, 32, 128])
+    parser.add_argument("--ranks", nargs="+", type=int, default=[8])
+    parser.add_argument("--seconds", type=float, default=1e9)
     options = parser.parse_args()
-    results, failed = [], False
-    for model in options.models:
-        for tokens in options.tokens:
-            for ranks in options.ranks:
+    started, bandwidth = time.monotonic(), bytes_per_second()
+    record = {
+        "schema": 2, "versions": info.versions(), "build": flashmoe.build_info(), "device": torch.cuda.get_device_name(),
+        "bytes_per_second": bandwidth, "results": [],
+    }  # fmt: skip
+    print(f"{record['device']}: {bandwidth / 1e12:.2f} TB/s in a copy")
+    wanted = [("prefill", t) for t in options.tokens] + [("decode", t) for t in options.decode]
+    failed = False
+    for kind, tokens in wanted:  # all models of a kind before the next, should the time not do for all
+        for model in options.models:
+            if time.monotonic() - started > options.seconds:
+                one = {"kind": kind, "failure": "no time was left"}
+            else:
                 try:
-                    one = measure(SHAPES[model], tokens, ranks)
-                    times = "  ".join(f"{n} {t['p50_ms']:.3f} ms {t['tflops']:.0f} TFLOP/s" for n, t in one["times"].items())
-                    ok = one["relative_error"] <= 2e-2
-                    print(f"{model} T={tokens} W={ranks}  error {one['relative_error']:.1e}{'' if ok else ' TOO LARGE'}  {times}")
-                except Exception as error:  # one shape must not cost the others their turn
-                    one, ok = {"model": model, "tokens": tokens, "ranks": ranks, "failure": repr(error)}, False
-                    print(f"{model} T={tokens} W={ranks}  FAILED: {error!r}")
-                failed = failed or not ok
-                results.append(one)
-                sys.stdout.flush()
-    record = {"schema": 1, "versions": info.versions(), "device": torch.cuda.get_device_name(), "results": results}
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(record, file, indent=1)
+                    shape = SHAPES[model]
+                    prefill = kind == "prefill"
+                    one = measure_prefill(shape, tokens, options.ranks) if prefill else measure_decode(shape, tokens, bandwidth)
+                except Exception as error:  # nor one shape the others
+                    one = {"kind": kind, "failure": f"{type(error).__name__}: {error}"[:300]}
+            one |= {"model": model, "tokens": tokens}
+            failed = failed or "failure" in one or "flashmoe" in one["missing"]
+            record["results"].append(one)
+            print(line(one), flush=True)
+            if options.json:
+                with open(options.json, "w") as file:
+                    json.dump(record, file, indent=1)
     return int(failed)
 
 
