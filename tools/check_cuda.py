@@ -121,19 +121,21 @@ def compile_for(source: str, arch: str, folder: Path) -> tuple[Kernels, list[str
 
 def build_extension() -> tuple[Kernels, list[str], float, Path | None]:
     """Kernels of flashmoe._C as it ships, problems, seconds, and the library."""
+    import cmake
     import ninja
     import pybind11
 
     folder, cuda = ROOT / "build" / "check-cuda", toolkit()
+    program = Path(cmake.CMAKE_BIN_DIR) / "cmake"
     # Only what is compiled now leaves notes.
     for objects in (folder / "CMakeFiles").glob("flashmoe_cuda*.dir"):
         shutil.rmtree(objects)
     commands = [
-        ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", "--log-level=WARNING", "-DFLASHMOE_CUDA=ON",
+        [program, "-S", ROOT, "-B", folder, "-G", "Ninja", "--log-level=WARNING", "-DFLASHMOE_CUDA=ON",
          "-DCMAKE_CUDA_FLAGS=-Xptxas -v", f"-DCMAKE_CUDA_COMPILER={cuda / 'bin' / 'nvcc'}",
          f"-DCUDA_CUDART={next((cuda / 'lib').glob('libcudart.so*'))}", f"-DPython_EXECUTABLE={sys.executable}",
          f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR) / 'ninja'}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"],
-        ["cmake", "--build", folder, "--target", "_C"],
+        [program, "--build", folder, "--target", "_C"],
     ]  # fmt: skip
     start, notes = time.monotonic(), ""
     for command in commands:
