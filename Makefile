@@ -1,6 +1,6 @@
 # make run      sets up what is missing and runs a MoE layer across processes; ARGS="--model ... --ranks ..."
 # make test     C++ tests (plain, ThreadSanitizer, AddressSanitizer + UBSan), CUDA, then pytest; PYTEST_ARGS="-k ..."
-# make cuda     compiles the CUDA sources for every architecture and checks the machine code; needs no GPU
+# make cuda     builds the CUDA half for every architecture, checks its machine code, and loads it; needs no GPU
 # make verify   the protocol's model, exhaustively (needs the model checker `spin`)
 # make build    the extension alone           make bench   the C++ benches, into build/cpp-plain/
 # make clean    removes what was built, keeps the virtual environment

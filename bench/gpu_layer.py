@@ -214,7 +214,10 @@ def main() -> int:
                 try:
                     shape = SHAPES[model]
                     prefill = kind == "prefill"
-                    one = measure_prefill(shape, tokens, options.ranks) if prefill else measure_decode(shape, tokens, bandwidth)
+                    if prefill:
+                        one = measure_prefill(shape, tokens, options.ranks)
+                    else:
+                        one = measure_decode(shape, tokens, bandwidth)
                 except Exception as error:  # nor one shape the others
                     one = {"kind": kind, "failure": f"{type(error).__name__}: {error}"[:300]}
             one |= {"model": model, "tokens": tokens}

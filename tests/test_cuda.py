@@ -1,4 +1,4 @@
-"""fused_moe and MoE on a GPU against the reference. Without a GPU all of it is skipped; `small` names what a sanitizer runs."""
+"""fused_moe and MoE on a GPU against the reference. Without one all of it is skipped; a sanitizer runs what is `small`."""
 
 import copy
 

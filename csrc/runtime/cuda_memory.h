@@ -54,8 +54,8 @@ class DeviceMemory {
     const OutsideCaptures outside;
     void* data = nullptr;
     on_device_.reserve(on_device_.size() + 1);
-    check_cuda(cudaMalloc(&data, std::max<size_t>(bytes, 16)),
-               ("cudaMalloc of " + std::to_string(bytes) + " bytes (what a caching allocator holds back counts as taken)").c_str());
+    const std::string what = "cudaMalloc of " + std::to_string(bytes) + " bytes (what a caching allocator keeps is taken)";
+    check_cuda(cudaMalloc(&data, std::max<size_t>(bytes, 16)), what.c_str());
     on_device_.push_back(data);
     check_cuda(cudaMemsetAsync(data, 0, bytes, stream_), "cudaMemsetAsync");
     check_cuda(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
@@ -66,7 +66,8 @@ class DeviceMemory {
   T* copy_of(const std::vector<T>& values) {
     const DeviceBuffer buffer = zeroed(values.size() * sizeof(T));
     const OutsideCaptures outside;
-    check_cuda(cudaMemcpyAsync(buffer.data, values.data(), buffer.bytes, cudaMemcpyHostToDevice, stream_), "cudaMemcpyAsync");
+    check_cuda(cudaMemcpyAsync(buffer.data, values.data(), buffer.bytes, cudaMemcpyHostToDevice, stream_),
+               "cudaMemcpyAsync");
     check_cuda(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
     return reinterpret_cast<T*>(buffer.data);
   }
@@ -75,7 +76,8 @@ class DeviceMemory {
   std::vector<T> read(const void* data, size_t count) {
     const OutsideCaptures outside;
     std::vector<T> values(count);
-    check_cuda(cudaMemcpyAsync(values.data(), data, count * sizeof(T), cudaMemcpyDeviceToHost, stream_), "cudaMemcpyAsync");
+    check_cuda(cudaMemcpyAsync(values.data(), data, count * sizeof(T), cudaMemcpyDeviceToHost, stream_),
+               "cudaMemcpyAsync");
     check_cuda(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
     return values;
   }

@@ -56,8 +56,8 @@ class CallOrder {
   }
   void leave(cudaStream_t stream, const Capture& capture) {
     if (capture.active) {
-      record(stream, captured_, cudaEventRecordDefault);
       record(stream, replayed_, cudaEventRecordExternal);
+      record(stream, captured_, cudaEventRecordDefault);  // after that node, so that who waits for this joins it too
       capture_ = capture.id;
     } else {
       record(stream, queued_, cudaEventRecordDefault);

@@ -101,7 +101,8 @@ class CudaTeam::Impl {
 
     const CudaKernel kernel = kernel_of(choose(args, tf32), args[0].dtype);
     BeginCall begin{};
-    begin.machine = {.max_ring_blocks = kRingBlocks, .plan_warps = kernel.crew_warps, .hidden_bytes = kernel.hidden_bytes};
+    begin.machine = {
+        .max_ring_blocks = kRingBlocks, .plan_warps = kernel.crew_warps, .hidden_bytes = kernel.hidden_bytes};
     CudaLaunch launch{ranks_, {}, blocks_per_rank_, stream};
     for (int r = 0; r < ranks; ++r) {
       prepare(args[r], r, begin.machine, begin.rank[r]);
