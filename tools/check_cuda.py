@@ -29,7 +29,7 @@ ALONE = {"csrc/runtime/moe_cuda_sm90.cu": ("90a",)}
 VERBS = "tests/cuda/verbs_compile.cu"  # not part of the extension
 COUNTED = ("HMMA", "LDGSTS", "LDSM", "HGMMA", "UTMALDG", "USETMAXREG")
 # setmaxnreg ignored; wgmma serialised because of a call; wgmma serialised for another reason.
-FATAL_NOTES = ("C7504", "C7509", "C7510")
+FATAL_NOTES = ("C7504", "C7509", "C7510", "C7515")
 # What the extension must do where there is no driver, in a process that sees no GPU.
 WITHOUT_A_DRIVER = """
 import torch, flashmoe

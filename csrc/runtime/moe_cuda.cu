@@ -21,6 +21,7 @@ constexpr size_t kAlign = 256;
 
 CudaKernel kernel_of(CudaKernelKind kind, DType dtype) {
   switch (kind) {
+    case CudaKernelKind::kSm80: return sm80_kernel(dtype);
     case CudaKernelKind::kSm90Wide: return sm90_kernel(dtype, Sm90Tiles::kWide);
     case CudaKernelKind::kSm90Narrow: return sm90_kernel(dtype, Sm90Tiles::kNarrow);
     default: return exact_kernel(dtype);
