@@ -5,10 +5,9 @@
 #include <map>
 #include <tuple>
 
-#include "runtime/check.h"
 #include "runtime/cuda_begin.h"
 #include "runtime/cuda_choice.h"
-#include "runtime/cuda_memory.h"
+#include "runtime/cuda_placement.h"
 #include "runtime/failure_report.h"
 
 namespace flashmoe {
@@ -47,12 +46,6 @@ int checked_device(int device) {
 }
 
 uint64_t nanoseconds(double seconds) { return uint64_t(std::min(seconds, 1e9) * 1e9); }
-
-struct Placement {
-  std::vector<int32_t> position, rank_begin;
-  const int32_t *device_position, *device_rank_begin;
-  uint32_t digest;
-};
 
 // A layer's counts on the device: row_offset of the workspace.
 struct LayerCounts {
@@ -108,7 +101,7 @@ class CudaTeam::Impl {
     for (int r = 0; r < ranks; ++r) {
       prepare(args[r], r, begin.machine, begin.rank[r]);
       launch.calls.push_back(begin.rank[r].call);
-      launch.calls[r].rank_begin = placement_of(args[r], r).rank_begin.data();
+      launch.calls[r].rank_begin = placements_.of(args[r], ep_size_, r, memory_).rank_begin.data();
     }
     order_.enter(stream, capture);
     std::string error;
@@ -215,23 +208,9 @@ class CudaTeam::Impl {
     limits_ = limits, layout_ = layout;
   }
 
-  // Placements are few: each stays on the device once it has been seen.
-  const Placement& placement_of(const ForwardArgs& a, int rank) {
-    std::vector<int32_t> key{a.num_experts};
-    if (a.expert_map) key.insert(key.end(), a.expert_map, a.expert_map + a.num_experts);
-    const auto known = placements_.find(key);
-    if (known != placements_.end()) return known->second;
-    Placement p;
-    p.position.resize(a.num_experts), p.rank_begin.resize(ep_size_ + 1);
-    take_placement(a, ep_size_, rank, p.position.data(), p.rank_begin.data());
-    p.digest = placement_digest(p.position.data(), p.rank_begin.data(), a.num_experts, ep_size_);
-    p.device_position = memory_.copy_of(p.position), p.device_rank_begin = memory_.copy_of(p.rank_begin);
-    return placements_.emplace(std::move(key), std::move(p)).first->second;
-  }
-
   // What one rank's block of the begin kernel needs, and the memory of its call.
   void prepare(const ForwardArgs& a, int rank, const Machine& machine, BeginRank& begin) {
-    const Placement& placement = placement_of(a, rank);
+    const Placement& placement = placements_.of(a, ep_size_, rank, memory_);
     const int local = placement.rank_begin[rank + 1] - placement.rank_begin[rank];
     if (local != a.num_local_experts)
       bad_argument("gate_up_proj and down_proj of rank ", rank, " must hold ", local, " experts, got ",
@@ -276,7 +255,7 @@ class CudaTeam::Impl {
   Status *failures_ = nullptr, *device_failures_ = nullptr;  // host memory that the device writes
   std::vector<DeviceBuffer> heaps_, workspaces_;
   gpu::RankState* ranks_ = nullptr;  // on the device
-  std::map<std::vector<int32_t>, Placement> placements_;
+  Placements placements_;
   std::map<std::pair<int, int>, LayerCounts> counts_;  // by layer and rank
 };
 
