@@ -34,7 +34,7 @@ def test_a_pipelined_kernel_passes():
 def test_amperes_kernel_uses_its_units():
     name, ampere = "_ZN8flashmoe10moe_kernelINS_10Sm80EngineE", ["LDGSTS.E.BYPASS.128", "LDSM.16.M88.4", "HMMA.16816.F32.BF16"]
     for missing in range(4):
-        kernel = check_cuda.Kernel(name, sass=ampere[:missing] + ampere[missing + 1 :])
+        kernel = check_cuda.Kernel(name, "sm_80", sass=ampere[:missing] + ampere[missing + 1 :])
         assert kernel.problems() == [f"no {opcode}" for opcode in [["LDGSTS"], ["LDSM"], ["HMMA"], []][missing]]
 
 
