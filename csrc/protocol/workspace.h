@@ -42,7 +42,8 @@ struct Counters {
   uint32_t scheduler_lock, scheduler_done;
   uint32_t blocks_done;
   uint32_t combine_head, combine_done;
-  uint32_t stopped;  // workers, where they do not end together
+  uint32_t stopped;            // workers, where they do not end together
+  uint32_t pairs_from_bad_id;  // to the last, where ids are only read as the call begins; 0 if none is bad
   uint64_t last_progress_ns;
   UpQueue up;
   DownQueue down;

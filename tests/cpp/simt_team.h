@@ -3,6 +3,7 @@
 
 #include "engine/exact.h"
 #include "gpu/simt.h"
+#include "kernel/begin_call.h"
 #include "kernel/worker.h"
 #include "platform/cuda.h"
 #include "rank_call.h"
@@ -83,7 +84,9 @@ class SimtTeam {
   int grid() const { return options_.ep_size * options_.blocks_per_rank; }
 
   void begin(int rank, size_t call) {
-    gpu::begin_call(gpu::WholeBlock{}, ranks_[rank], calls_[call][rank]->call, *calls_[call][rank]->workspace);
+    const RankCall& c = *calls_[call][rank];
+    gpu::begin_call(gpu::WholeBlock{}, ranks_[rank], c.call, *c.workspace,
+                    {c.tokens().ids.data(), 8, const_cast<int32_t*>(c.call.topk_ids)});
   }
   // The n-th meeting of a rank's blocks.
   void meet_own_rank(int rank, uint32_t n) {

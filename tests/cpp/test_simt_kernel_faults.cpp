@@ -36,6 +36,37 @@ void check_caught_on_seeds(const Program& program, const SimtOptions& options, i
   check_caught(seed < seeds, plant);
 }
 
+bool all_nan(const std::vector<float>& y) {
+  return std::all_of(y.begin(), y.end(), [](float value) { return std::isnan(value); });
+}
+
+// The first bad id of a call is told, and its y is NaN. A lone rank goes on to its next call; of several none does.
+void bad_ids() {
+  for (int64_t id : {int64_t{7}, int64_t{-2}, int64_t{1} << 33})
+    for (int seed = 0; seed < 2; ++seed) {
+      const std::string what = "bad id " + std::to_string(id) + ", seed " + std::to_string(seed);
+      Program program = program_of(1, {90, 20}, 5);
+      program[0].tokens[0].ids[2 * 71] = 9;
+      program[0].tokens[0].ids[2 * 33 + 1] = id;
+      const auto first = SimtOptions{.ep_size = 1};
+      const SimtOutcome alone = run_simt({program[0]}, first, seed);
+      const Status& s = alone.status[0];
+      check(Failure(s.failure) == Failure::kBadId && int64_t(s.seen) == id && s.token == 33 && s.choice == 1, what + ": is told");
+      check(alone.misuse.empty() && all_nan(alone.y[0][0]), what + ": y");
+      const SimtOutcome both = run_simt(program, first, seed);
+      check(both.ok() && relative_error(both.y[1][0], reference_moe(tiny_layer(), program[1].tokens[0])) < tolerance(DType::kFloat32),
+            what + ": the next call " + both.misuse);
+
+      program = program_of(2, {20, 20}, 6);
+      program[0].tokens[1].ids[5] = id;
+      const SimtOutcome o = run_simt(program, {.ep_size = 2, .blocks_per_rank = 2}, seed);
+      check(o.misuse.empty() && Failure(o.status[1].failure) == Failure::kBadId && Failure(o.status[0].failure) == Failure::kPeerAborted,
+            what + " of one of two ranks " + o.misuse);
+      for (const auto& call : o.y)
+        for (const auto& y : call) check(all_nan(y), what + ": y of all ranks, now and later");
+    }
+}
+
 // Rank `from` loses what it sends of one kind to rank 0.
 struct Lost {
   static inline Traffic kind;
@@ -91,7 +122,7 @@ void nothing_is_left_of_a_failed_call() {
     const SimtOutcome o = team.run(uint64_t(seed));
     check(o.misuse.empty() && Failure(o.status[0].failure) == Failure::kTimeout, "a call that does not end: " + o.misuse);
     const auto& y = o.y[0][0];
-    check(std::all_of(y.begin(), y.end(), [](float value) { return std::isnan(value); }), "y of a failed call, combined late, seed " + std::to_string(seed));
+    check(all_nan(y), "y of a failed call, combined late, seed " + std::to_string(seed));
   }
 }
 
@@ -148,6 +179,7 @@ void missing_barrier() {
 }  // namespace
 
 int main() {
+  run_test("BadIds", bad_ids);
   run_test("LostSignal", lost_signal);
   run_test("NothingIsLeftOfAFailedCall", nothing_is_left_of_a_failed_call);
   run_test("BlockHandedOnEarly", block_handed_on_early);
