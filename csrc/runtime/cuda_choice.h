@@ -19,10 +19,9 @@ struct CudaProblem {
   bool exact;                 // no tensor cores at all
 };
 
-// A warp group of Hopper takes 64 rows, a row block is two. Up to that many expected rows of an expert, half of the
-// block's rows at least are idle and the call is bound by reading weights: narrow tiles are twice as many to spread
-// over the multiprocessors, and keep more of the weights in flight.
-inline constexpr int kNarrowRows = 64;
+// Expected rows of an expert up to which Hopper takes narrow tiles. These pass over a block 64 rows at a time and load
+// their weights for each pass; few experts have more than 64 rows where 32 are expected, half of them where 64 are.
+inline constexpr int kNarrowRows = 32;
 
 CudaKernelKind choose_kernel(const CudaProblem& problem);
 
