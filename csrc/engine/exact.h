@@ -38,6 +38,12 @@ class ExactEngine {
   FLASHMOE_HD static constexpr int down_cols(bool) { return kCols; }
 
   template <class Group, class P>
+  FLASHMOE_DEVICE static void tile(const Group& group, const Context<P>& c, const TileShape& tiles, const Work& work,
+                                   Shared& shared) {
+    work.kind == WorkKind::kUpTile ? up_tile(group, c, tiles, work, shared) : down_tile(group, c, tiles, work, shared);
+  }
+
+  template <class Group, class P>
   FLASHMOE_DEVICE static void up_tile(const Group& group, const Context<P>& c, const TileShape& tiles, const Work& work,
                                       Shared& shared) {
     const Call& call = c.call;

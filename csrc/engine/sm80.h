@@ -1,21 +1,24 @@
 // The engine for GPUs from Ampere on: tile products by mma.sync, in bf16, in fp16 and, for fp32 tensors, in tf32, with
-// fp32 sums. Four warps share a tile of 128 rows by 128 weight rows, 64 by 64 each. They bring its operands themselves,
-// by cp.async, five steps of 64 bytes of K ahead of the products. cp.async reads by way of L2, so it sees the rows of
+// fp32 sums. Eight warps share a tile of 128 rows by 128 weight rows, 32 by 64 each. They bring its operands themselves
+// by cp.async, four steps of 64 bytes of K ahead of the products. cp.async reads by way of L2, so it sees the rows of
 // `hidden` that other blocks wrote, and those that peers did.
 //
 // A row's bits depend on that row and its weights alone: each product adds its columns of K to every row in the same
 // order, whatever the other rows hold.
 //
-// Why these sizes. A step of a warp's 64 by 64 is 512 cycles of the tensor cores, and reads 8 KiB of shared memory; that
-// of all warps takes 256 cycles, and the copies in 128 more. Eight warps of 64 by 32 would read for 384, and leave
-// nothing. Eight of 64 by 64 and the agent would have 168 registers each, of which the sums alone are 128; five warps
-// have 255. Six stages of 16 KiB are what fits in the 99 KiB that a block has on every GPU since Ampere.
+// Why these sizes. A step is 512 cycles of an A100's tensor cores. Its warps read 48 KiB of shared memory in 384
+// cycles, and the copies write 16 KiB in 128 more: just what there is. Four warps of 64 by 64 would read for 256, with
+// up to 244 registers a thread. But each scheduler would have one warp, and nothing to do where that one waits; few
+// rows would take twice the products, and combine half of the reads in flight. Eight warps of 64 by 64 and the agent
+// would have 168 registers a thread, of which the sums alone are 128. Five stages of 16 KiB are what fits in the 99 KiB
+// that a block has on every GPU since Ampere, beside what the plan counts.
 //
 // What to expect, predicted and not measured. On an A100 a step in bf16 takes 16 KiB out of L2: 32 bytes a cycle, of
-// some 40 that L2 gives, so prefill should be bound by the tensor cores, less a barrier in each step, and end near 190
-// to 230 of the 312 TFLOP/s, and tf32 at half of that. Decode reads each weight once and should be bound by memory: with
-// 40 KiB of weights in flight in each SM and about 1 µs of latency, half of the 108 SMs can draw all of its 2 TB/s, so a
-// layer with fewer tiles than SMs still does.
+// some 40 that L2 gives, so prefill should be bound by shared memory and the tensor cores alike, less a barrier in each
+// step, and end near 180 to 220 of the 312 TFLOP/s, and tf32 at half of that. Decode reads each weight once and should
+// be bound by memory: with 32 KiB of weights in flight in each SM and about 1 µs of latency, 62 of the 108 SMs can draw
+// all of its 2 TB/s, so a layer with fewer tiles than SMs still does. 32 rows or fewer are 256 cycles a step of two
+// warps, which is 4.9 TB/s of weights.
 #pragma once
 
 #include <string>
@@ -42,13 +45,13 @@ inline std::string why_not_sm80(const Call& call) {
   return {};
 }
 
-template <DType dtype, int kTileN = 128, int kStages = 6, template <int> class PipelineOf = Sm80Pipeline>
+template <DType dtype, int kTileN = 128, int kStages = 5, template <int> class PipelineOf = Sm80Pipeline>
 class Sm80Engine {
  public:
-  static constexpr int kWarpTile = 64, kWarpsInRow = kTileN / kWarpTile;
-  static constexpr int kCrewWarps = kBlockM / kWarpTile * kWarpsInRow, kLoaderWarps = 0;
+  static constexpr int kWarpRows = 32, kWarpColumns = 64, kWarpsInRow = kTileN / kWarpColumns;
+  static constexpr int kCrewWarps = kBlockM / kWarpRows * kWarpsInRow, kLoaderWarps = 0;
   static constexpr int kHiddenBytes = dtype_bytes(dtype);
-  static_assert(kBlockM % kWarpTile == 0 && kTileN % kWarpTile == 0);
+  static_assert(kBlockM % kWarpRows == 0 && kTileN % kWarpColumns == 0);
 
   using Pipeline = PipelineOf<kStages>;
   using Stage = Sm80Stage<kTileN>;
@@ -57,7 +60,8 @@ class Sm80Engine {
 
   struct Shared {
     Stage stage[kStages];
-    std::byte* result[kBlockM];  // where the tile begins in each row that it gives
+    const std::byte* row[kBlockM];  // where each row lies that the tile multiplies,
+    std::byte* result[kBlockM];     // and where the tile begins in each that it gives
 
     FLASHMOE_DEVICE void init() {}
   };
@@ -68,38 +72,22 @@ class Sm80Engine {
     return call.dtype == dtype ? why_not_sm80(call) : "this engine is of another dtype";
   }
 
+  // Up and down tiles take one way, so that the kernel has the loop over K once.
   template <class Group, class P>
-  FLASHMOE_DEVICE static void up_tile(const Group& group, const Context<P>& c, const TileShape& tiles, const Work& work,
-                                      Shared& shared) {
-    Sm80Sums sums;
-    multiply(group, Tile::up(c, tiles, work, c.call.gate_up_proj), shared, sums,
-             [&](int row) { return token_row(c, uint32_t(work.index), uint32_t(row)); },
-             [&](int row) { return hidden_row(c, work, row); });
-    const Tile tile = Tile::up(c, tiles, work, nullptr);
-    for_each_16_rows(group, tile, shared, sums, [&](WarpSums& s, std::byte* const (&rows)[2], const int (&cols)[2]) {
-      Sums::template activate<0>(s, c.call.activation);
-      if (c.call.gated) {
-        Sums::multiply_halves(s);
-      } else {
-        Sums::template activate<1>(s, c.call.activation);
-        store_second_half(s, rows, cols);
-      }
-      Sums::template store<0>(s, rows, cols[0]);
-    });
-  }
-
-  template <class Group, class P>
-  FLASHMOE_DEVICE static void down_tile(const Group& group, const Context<P>& c, const TileShape& tiles, const Work& work,
-                                        Shared& shared) {
-    Sm80Sums sums;
-    multiply(group, Tile::down(c, tiles, work, c.call.down_proj), shared, sums,
-             [&](int row) { return hidden_row(c, work, row); },
-             [&](int row) { return result_row(c, uint32_t(work.index), uint32_t(row)); });
-    const Tile tile = Tile::down(c, tiles, work, nullptr);
-    for_each_16_rows(group, tile, shared, sums, [&](WarpSums& s, std::byte* const (&rows)[2], const int (&cols)[2]) {
-      Sums::template store<0>(s, rows, cols[0]);
-      store_second_half(s, rows, cols);
-    });
+  FLASHMOE_DEVICE static void tile(const Group& group, const Context<P>& c, const TileShape& tiles, const Work& work,
+                                   Shared& shared) {
+    WarpSums sums;
+    multiply(group, c, tiles, work, shared, sums);
+    const bool activated = work.kind == WorkKind::kUpTile, gated = activated && c.call.gated;
+    const Activation activation = c.call.activation;
+    for_each_16_rows(group, tile_of(c, tiles, work), shared, sums,
+                     [&](RowSums& s, std::byte* const (&rows)[2], const int (&cols)[2]) {
+                       if (activated) Sums::template activate<0>(s, activation);
+                       if (gated) Sums::multiply_halves(s);
+                       if (activated && !gated) Sums::template activate<1>(s, activation);
+                       Sums::template store<0>(s, rows, cols[0]);
+                       if (!gated) store_second_half(s, rows, cols);
+                     });
   }
 
   template <class Group, class P>
@@ -108,37 +96,59 @@ class Sm80Engine {
   }
 
  private:
-  using Sums = MmaSums<dtype, kWarpTile>;
-  using WarpSums = typename Sums::Sums;
+  using Sums = MmaSums<dtype, kWarpColumns>;
+  using RowSums = typename Sums::Sums;  // of 16 rows
+  using WarpSums = Sm80Sums<kWarpRows>;
 
   template <class Group>
-  FLASHMOE_DEVICE static int first_row_of(const Group& group) { return group.warp() / kWarpsInRow * kWarpTile; }
+  FLASHMOE_DEVICE static int first_row_of(const Group& group) { return group.warp() / kWarpsInRow * kWarpRows; }
   // Of its columns in either half.
   template <class Group>
-  FLASHMOE_DEVICE static int first_column_of(const Group& group) { return group.warp() % kWarpsInRow * (kWarpTile / 2); }
+  FLASHMOE_DEVICE static int first_column_of(const Group& group) {
+    return group.warp() % kWarpsInRow * (kWarpColumns / 2);
+  }
 
-  // `tile` is not kept in registers beyond this: all there are, are the sums' and the operands'. Whoever needs it again
-  // looks it up again.
-  template <class Group, class From, class To>
-  FLASHMOE_DEVICE static void multiply(const Group& group, const Tile& tile, Shared& shared, Sm80Sums& sums,
-                                       const From& from, const To& to) {
-    // Read after the products, and so after a meeting of all threads.
-    for (int row = group.rank(); row < tile.num_rows; row += group.size())
-      shared.result[row] = to(row) + size_t(tile.begin) * dtype_bytes(dtype);
+  template <class P>
+  FLASHMOE_DEVICE static Tile tile_of(const Context<P>& c, const TileShape& tiles, const Work& work) {
+    return work.kind == WorkKind::kUpTile ? Tile::up(c, tiles, work, c.call.gate_up_proj)
+                                          : Tile::down(c, tiles, work, c.call.down_proj);
+  }
+
+  // The tile is not kept in registers beyond this: all there are, are the sums' and the operands'. Whoever needs it
+  // again looks it up again.
+  template <class Group, class P>
+  FLASHMOE_DEVICE static void multiply(const Group& group, const Context<P>& c, const TileShape& tiles,
+                                       const Work& work, Shared& shared, WarpSums& sums) {
+    const Tile tile = tile_of(c, tiles, work);
+    find_rows(group, c, tile, work, shared);
+    group.sync();
     const int row_bytes = tile.depth * dtype_bytes(dtype), first_row = first_row_of(group);
-    const Sm80Copies<Stage, 32 * kCrewWarps> copies(group.rank(), tile, row_bytes, from);
-    sm80_products<dtype, Pipeline>(group, shared.stage, copies, first_row, first_column_of(group),
-                                   first_row < tile.num_rows, ceil_div(row_bytes, Stage::kStepBytes), sums);
+    const Sm80Copies<Stage, 32 * kCrewWarps> copies(group.rank(), tile, row_bytes, shared.row);
+    sm80_products<dtype, kWarpRows, Pipeline>(group, shared.stage, copies, first_row, first_column_of(group),
+                                              first_row < tile.num_rows, ceil_div(row_bytes, Stage::kStepBytes), sums);
+  }
+
+  template <class Group, class P>
+  FLASHMOE_DEVICE static void find_rows(const Group& group, const Context<P>& c, const Tile& tile, const Work& work,
+                                        Shared& shared) {
+    for (int row = group.rank(); row < tile.num_rows; row += group.size()) {
+      std::byte* hidden =
+          reinterpret_cast<std::byte*>(c.ws.hidden + (size_t(work.index) * kBlockM + row) * c.ws.hidden_stride);
+      const bool up = work.kind == WorkKind::kUpTile;
+      shared.row[row] = up ? token_row(c, uint32_t(work.index), uint32_t(row)) : hidden;
+      shared.result[row] = (up ? hidden : result_row(c, uint32_t(work.index), uint32_t(row))) +
+                           size_t(tile.begin) * dtype_bytes(dtype);
+    }
   }
 
   // f(sums with their bias, where the warp's part begins in the thread's two rows, columns of it in each half)
   template <class Group, class F>
   FLASHMOE_DEVICE static void for_each_16_rows(const Group& group, const Tile& tile, const Shared& shared,
-                                               Sm80Sums& sums, const F& f) {
+                                               WarpSums& sums, const F& f) {
     const int first_column = first_column_of(group);
     const int cols[2] = {tile.cols[0] - first_column, tile.cols[1] - first_column};
     FLASHMOE_UNROLL
-    for (int i = 0; i < kWarpTile / 16; ++i) {
+    for (int i = 0; i < kWarpRows / 16; ++i) {
       const int first_row = first_row_of(group) + 16 * i;
       if (first_row >= tile.num_rows) break;
       std::byte* rows[2];
@@ -155,15 +165,11 @@ class Sm80Engine {
     }
   }
 
-  FLASHMOE_DEVICE static void store_second_half(const WarpSums& sums, std::byte* const (&rows)[2], const int (&cols)[2]) {
+  FLASHMOE_DEVICE static void store_second_half(const RowSums& sums, std::byte* const (&rows)[2],
+                                                const int (&cols)[2]) {
     std::byte* moved[2];
     for (int r = 0; r < 2; ++r) moved[r] = rows[r] ? rows[r] + Tile::kHalf * dtype_bytes(dtype) : nullptr;
     Sums::template store<1>(sums, moved, cols[1]);
-  }
-
-  template <class P>
-  FLASHMOE_DEVICE static std::byte* hidden_row(const Context<P>& c, const Work& work, int row) {
-    return reinterpret_cast<std::byte*>(c.ws.hidden + (size_t(work.index) * kBlockM + row) * c.ws.hidden_stride);
   }
 };
 

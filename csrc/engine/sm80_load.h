@@ -1,5 +1,5 @@
-// How a tile's operands come to shared memory without Hopper's loaders: every thread of the crew copies 16 bytes of some
-// rows and of some weight rows, several steps ahead of the products.
+// How a tile's operands come to shared memory without Hopper's loaders: every thread of the crew copies 16 bytes of
+// some rows and of some weight rows, several steps ahead of the products.
 #pragma once
 
 #include "gpu/verbs.h"
@@ -40,15 +40,16 @@ struct Sm80Pipeline {
 template <class Stage, int kThreads>
 class Sm80Copies {
  public:
-  template <class Tile, class Address>
-  FLASHMOE_DEVICE Sm80Copies(int thread, const Tile& tile, int row_bytes, const Address& address)
+  // `rows`: where each row of the block lies.
+  template <class Tile>
+  FLASHMOE_DEVICE Sm80Copies(int thread, const Tile& tile, int row_bytes, const std::byte* const* rows)
       : row_bytes_(row_bytes), piece_(thread % 4 * 16), place_(Stage::place(uint32_t(thread / 4), uint32_t(piece_))) {
     const int first = thread / 4;
     FLASHMOE_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      const bool has = first + i * kAtOnce < tile.num_rows;
-      row_[i] = has ? address(first + i * kAtOnce) : nullptr;
-      has_ |= uint32_t(has) << i;
+      const int row = first + i * kAtOnce;
+      row_[i] = rows[row];
+      has_ |= uint32_t(row < tile.num_rows) << i;
     }
     FLASHMOE_UNROLL
     for (int half = 0; half < 2; ++half) {

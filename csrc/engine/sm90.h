@@ -94,6 +94,12 @@ class Sm90Engine {
   }
 
   template <class Group, class P>
+  FLASHMOE_DEVICE void tile(const Group& group, const Context<P>& c, const TileShape& tiles, const Work& work,
+                            Shared& shared) {
+    work.kind == WorkKind::kUpTile ? up_tile(group, c, tiles, work, shared) : down_tile(group, c, tiles, work, shared);
+  }
+
+  template <class Group, class P>
   FLASHMOE_DEVICE void up_tile(const Group& group, const Context<P>& c, const TileShape& tiles, const Work& work,
                                Shared& shared) {
     const Tile tile = Tile::up(c, tiles, work, nullptr);

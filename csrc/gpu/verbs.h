@@ -18,9 +18,11 @@
 #include <cuda.h>
 #define FLASHMOE_DEVICE __device__ __forceinline__
 #define FLASHMOE_UNROLL _Pragma("unroll")
+#define FLASHMOE_ROLLED _Pragma("unroll 1")
 #else
 #define FLASHMOE_DEVICE inline
 #define FLASHMOE_UNROLL
+#define FLASHMOE_ROLLED
 #endif
 
 namespace flashmoe::gpu {

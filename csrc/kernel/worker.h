@@ -14,7 +14,7 @@ namespace flashmoe::gpu {
 
 // What an engine must offer here: tiles by the whole crew, whose threads find their rows by tile.h.
 //   kCrewWarps, Shared with init(), Operands, up_cols(gated), down_cols(gated)
-//   up_tile, down_tile(group, context, tiles, work, shared), combine(group, context, work)
+//   tile(group, context, tiles, work, shared), up or down as the work says; combine(group, context, work)
 // All threads have read the shared memory of one tile before any of them writes that of the next.
 //
 // It may have loaders, warps that see all the work and fetch for the crew, ahead of it: kLoaderWarps, and if any
@@ -145,8 +145,8 @@ class Worker {
         case WorkKind::kStop: return give_up_y(group);
         case WorkKind::kPlan:
         case WorkKind::kSendChunk: dispatcher.perform(group, work); continue;
-        case WorkKind::kUpTile: engine.up_tile(group, c_, tiles_, work, shared_.engine); break;
-        case WorkKind::kDownTile: engine.down_tile(group, c_, tiles_, work, shared_.engine); break;
+        case WorkKind::kUpTile:
+        case WorkKind::kDownTile: engine.tile(group, c_, tiles_, work, shared_.engine); break;
         default: engine.combine(group, c_, work);
       }
       processor.finish(group, work);
