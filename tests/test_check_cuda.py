@@ -11,14 +11,14 @@ spec.loader.exec_module(check_cuda)
 
 NOTES = """ptxas info    : Compiling entry function 'sm90_moe' for 'sm_90a'
 ptxas info    : Function properties for sm90_moe
-    0 bytes stack frame, {spills} bytes spill stores, 0 bytes spill loads
+    {stack} bytes stack frame, {spills} bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 168 registers, used 2 barriers, 16 bytes smem
 """
 GOOD = ["USETMAXREG.DEALLOC.CTAPOOL 0x28", "UTMALDG.2D [UR8], [UR4]", "WARPGROUP.ARRIVE"] + ["HGMMA.64x256x16.F32.BF16"] * 4
 
 
-def problems_of(opcodes, spills=0):
-    kernels = check_cuda.read_ptxas(NOTES.format(spills=spills))
+def problems_of(opcodes, spills=0, stack=0):
+    kernels = check_cuda.read_ptxas(NOTES.format(spills=spills, stack=stack))
     lines = [f"        /*{16 * place:04x}*/                   {opcode} ;" for place, opcode in enumerate(opcodes)]
     check_cuda.read_sass("\n".join(["\tcode for sm_90a", "\t\tFunction : sm90_moe", *lines]), kernels)
     kernel = kernels["sm90_moe", "sm_90a"]
@@ -53,8 +53,13 @@ def test_a_kernel_that_lost_its_speed_is_refused(opcodes, spills, problem):
     assert problems_of(opcodes, spills) == [problem]
 
 
+def test_an_array_that_left_the_registers_is_refused():
+    assert problems_of(GOOD, stack=16) == ["16 bytes of stack"]  # without spills: it was indexed
+    assert problems_of(GOOD, spills=8, stack=8) == ["8 bytes spilled", "8 bytes of stack"]
+
+
 def test_each_architecture_has_code_of_its_own():
-    kernels = check_cuda.read_ptxas(NOTES.format(spills=0) + NOTES.format(spills=4).replace("sm_90a", "sm_80"))
+    kernels = check_cuda.read_ptxas(NOTES.format(spills=0, stack=0) + NOTES.format(spills=4, stack=0).replace("sm_90a", "sm_80"))
     code = "        /*0000*/                   EXIT ;"
     check_cuda.read_sass("\n".join(["\tcode for sm_80", "\t\tFunction : sm90_moe", code]), kernels)
     assert {arch: (k.spills, len(k.sass)) for (_, arch), k in kernels.items()} == {"sm_90a": (0, 0), "sm_80": (4, 1)}

@@ -3,11 +3,12 @@
     python tools/check_cuda.py               builds the extension for every architecture, and checks all of it
     python tools/check_cuda.py SOURCE ...    compiles and checks these sources alone: quicker, while working on one
 
-Needs the packages of requirements-cuda.txt. For every kernel: no spills, and none of ptxas' notes that it gave up
-registers or pipelining. For Ampere's: that the matrix unit, its loads and the copies that do not wait are used. For
-Hopper's: that the matrix unit, TMA and the register hand-over are used, that products are issued in groups, and that
-nothing is called between the first product and the last. Of the extension: that without a driver it can be imported,
-computes on the CPU, and says clearly what it cannot do. Ends with a table, and exit code 1 if anything failed.
+Needs the packages of requirements-cuda.txt. For every kernel: no spills, no stack, and none of ptxas' notes that it
+gave up registers or pipelining. For Ampere's: that the matrix unit, its loads and the copies that do not wait are
+used. For Hopper's: that the matrix unit, TMA and the register hand-over are used, that products are issued in groups,
+and that nothing is called between the first product and the last. Of the extension: that without a driver it can be
+imported, computes on the CPU, and says clearly what it cannot do. Ends with a table, and exit code 1 if anything
+failed.
 """
 
 import os
@@ -66,6 +67,8 @@ class Kernel:
 
     def problems(self) -> list[str]:
         found = [f"{self.spills} bytes spilled"] if self.spills else []
+        if self.stack:
+            found.append(f"{self.stack} bytes of stack")
         if not self.sass:
             found.append("no machine code")
         if "sm80" in self.name.lower():
@@ -206,7 +209,8 @@ def report(title: str, kernels: Kernels, problems: list[str], seconds: float) ->
         found = kernel.problems()
         well = well and not found
         opcodes = ", ".join(f"{kernel.count(o)} {o}" for o in COUNTED if kernel.count(o))
-        print(f"  {kernel.arch:6s} {kernel.registers:3d} registers, {kernel.spills} spilled  {readable(kernel.name)}  {opcodes}")
+        memory = f"{kernel.registers:3d} registers, {kernel.spills} bytes spilled, {kernel.stack} of stack"
+        print(f"  {kernel.arch:6s} {memory}  {readable(kernel.name)}  {opcodes}")
         for problem in found:
             print(f"    FAILED: {problem}")
     sys.stdout.flush()
