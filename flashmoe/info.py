@@ -28,14 +28,18 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """The commit of the checkout this package is imported from, ``-dirty`` with changes; None outside of one."""
+    """The commit of the checkout this package is imported from, ``-dirty`` with changes; None outside of one.
+
+    Records of measurements are no changes: one must not make the next look as if it were of other code.
+    """
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists() or shutil.which("git") is None:
         return None
-    described = subprocess.run(
-        ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True
-    )
-    return described.stdout.strip() or None
+    git = ["git", "-C", str(root)]
+    described = subprocess.run([*git, "describe", "--always", "--abbrev=12"], capture_output=True, text=True).stdout.strip()
+    changed = [*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/results"]
+    dirty = described and subprocess.run(changed, capture_output=True, text=True).stdout
+    return f"{described}-dirty" if dirty else described or None
 
 
 def machine() -> dict[str, Any]:
