@@ -32,7 +32,7 @@ template <DType dtype, int kTileN = 64, int kStages = 4>
 void check_seeds(const Program& program, SimtOptions options, int seeds, const std::string& what) {
   options.ep_size = int(program[0].tokens.size());
   SimtOutcome first;
-  for (int seed = 0; seed < seeds; ++seed) {
+  for (int seed = 0; seed < num_seeds(seeds); ++seed) {
     const SimtOutcome o = run_on<dtype, kTileN, kStages>(program, options, uint64_t(seed) * 1000);
     const std::string trouble = trouble_with(o, program);
     check(trouble.empty(), what + ", seed " + std::to_string(seed) + ": " + trouble);

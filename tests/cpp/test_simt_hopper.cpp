@@ -26,7 +26,7 @@ template <DType dtype, int kTileN = 64, int kStages = 4, int kMathGroups = 2>
 SimtOutcome check_seeds(const Program& program, SimtOptions options, int seeds, const std::string& what) {
   options.ep_size = int(program[0].tokens.size());
   SimtOutcome first;
-  for (int seed = 0; seed < seeds; ++seed) {
+  for (int seed = 0; seed < num_seeds(seeds); ++seed) {
     const SimtOutcome o = run_on<dtype, kTileN, kStages, kMathGroups>(program, options, uint64_t(seed) * 1000);
     const std::string trouble = trouble_of(o, program);
     check(trouble.empty(), what + ", seed " + std::to_string(seed) + ": " + trouble);

@@ -24,7 +24,7 @@ Program program_of(const Layer& layer, const std::vector<std::vector<int>>& num_
 void check_seeds(const Program& program, SimtOptions options, int seeds, const std::string& what, bool back_to_back = false) {
   options.ep_size = int(program[0].tokens.size());
   SimtOutcome first;
-  for (int seed = 0; seed < seeds; ++seed) {
+  for (int seed = 0; seed < num_seeds(seeds); ++seed) {
     const SimtOutcome o = run_simt(program, options, uint64_t(seed) * 1000, back_to_back);
     const std::string trouble = trouble_of(o, program);
     check(trouble.empty(), what + ", seed " + std::to_string(seed) + ": " + trouble);

@@ -84,7 +84,7 @@ struct LosingPlatform : CudaPlatform {
 void lost_signal() {
   for (int ep_size : {2, 4})
     for (auto [kind, phase] : {std::pair{Traffic::kHeader, Phase::kHeader}, {Traffic::kRows, Phase::kChunk}, {Traffic::kResults, Phase::kResults}})
-      for (int seed = 0; seed < 2; ++seed) {
+      for (int seed = 0; seed < num_seeds(2); ++seed) {
         Lost::kind = kind, Lost::from = ep_size - 1;
         const Program program = program_of(ep_size, {20, 20}, 3);
         const SimtOutcome o = run_simt<LosingPlatform>(program, {.ep_size = ep_size, .blocks_per_rank = 2}, seed);
