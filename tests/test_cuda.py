@@ -50,6 +50,14 @@ def test_odd_widths_small(hidden, inner, kind):
             assert worst_error(case.call(), case) <= (TF32 if kind == "tf32" else case.tolerance)
 
 
+@pytest.mark.parametrize("name", ["x", "gate_up", "down", "gate_up_bias", "down_bias"])
+def test_tensors_that_begin_anywhere(name):
+    case = CudaCase(bias=True)
+    tensor = getattr(case, name)
+    setattr(case, name, torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device="cuda")[1:].view_as(tensor).copy_(tensor))
+    assert worst_error(case.call(), case) <= case.tolerance
+
+
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
 @pytest.mark.parametrize("kind", ["bf16", "fp32"])

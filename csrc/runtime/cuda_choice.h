@@ -2,7 +2,7 @@
 // shape have the same bits every time (design D6). Plain arithmetic, for a test without a GPU.
 #pragma once
 
-#include "protocol/config.h"
+#include "runtime/moe.h"
 
 namespace flashmoe {
 
@@ -12,7 +12,7 @@ struct CudaProblem {
   int compute_capability;  // of the device: 80, 90, 100, ...
   DType dtype;
   int hidden_size, intermediate_size;
-  bool aligned;               // x, y and the weights begin at multiples of 16 bytes
+  bool aligned;               // begin_aligned of every rank's call
   long long num_pairs;        // tokens times top_k, of all ranks of this launch
   int num_experts;            // likewise
   bool tf32;                  // float32 may be rounded to tf32 for the tensor cores
@@ -22,6 +22,10 @@ struct CudaProblem {
 // Expected rows of an expert up to which Hopper takes narrow tiles. These pass over a block 64 rows at a time and load
 // their weights for each pass; few experts have more than 64 rows where 32 are expected, half of them where 64 are.
 inline constexpr int kNarrowRows = 32;
+
+// Whether x, y, the weights and the biases begin at multiples of 16 bytes: tensor cores' kernels read all of them more
+// than an element at a time.
+bool begin_aligned(const ForwardArgs& call);
 
 CudaKernelKind choose_kernel(const CudaProblem& problem);
 

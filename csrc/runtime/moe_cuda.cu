@@ -165,8 +165,7 @@ class CudaTeam::Impl {
                   options_.exact};
     for (const ForwardArgs& a : args) {
       p.num_pairs += (long long)a.num_tokens * a.top_k;
-      for (const void* rows : {a.x, static_cast<const void*>(a.y), a.gate_up_proj, a.down_proj})
-        p.aligned = p.aligned && reinterpret_cast<uintptr_t>(rows) % 16 == 0;
+      p.aligned = p.aligned && begin_aligned(a);
     }
     return choose_kernel(p);
   }

@@ -51,6 +51,24 @@ void test_what_is_no_multiple_of_16_bytes_is_exact() {
   check(with([&](auto& p) { tf32(p), p.hidden_size = 4102; }) == Kind::kExact, "2 elements of 4 bytes");
 }
 
+// Two bytes off is where a bias may begin that is a slice of another tensor.
+void test_every_tensor_that_is_read_in_pieces_counts() {
+  alignas(16) static std::byte memory[32];
+  ForwardArgs call{};
+  call.x = call.gate_up_proj = call.down_proj = call.y = memory;
+  check(begin_aligned(call), "all at one place, without biases");
+  call.gate_up_bias = call.down_bias = memory + 16;
+  check(begin_aligned(call), "all at multiples of 16 bytes");
+  for (const void* ForwardArgs::* tensor : {&ForwardArgs::x, &ForwardArgs::gate_up_proj, &ForwardArgs::gate_up_bias,
+                                            &ForwardArgs::down_proj, &ForwardArgs::down_bias}) {
+    ForwardArgs moved = call;
+    moved.*tensor = memory + 2;
+    check(!begin_aligned(moved), "one of the inputs is two bytes off");
+  }
+  call.y = memory + 2;
+  check(!begin_aligned(call), "y is two bytes off");
+}
+
 }  // namespace
 
 int main() {
@@ -58,5 +76,6 @@ int main() {
   run_test("every other architecture from 8.0 on runs sm80", test_every_other_architecture_runs_sm80);
   run_test("float32 is rounded only where that is allowed", test_float32_is_rounded_only_where_allowed);
   run_test("what is no multiple of 16 bytes is exact", test_what_is_no_multiple_of_16_bytes_is_exact);
+  run_test("every tensor that is read in pieces counts", test_every_tensor_that_is_read_in_pieces_counts);
   return finish();
 }
