@@ -109,7 +109,8 @@ class CudaTeam::Impl {
       error = std::string("launch of begin_kernel: ") + cudaGetErrorString(e);
     if (error.empty()) error = kernel.launch(launch);
     if (!error.empty()) cudaGetLastError();
-    order_.leave(stream, capture);  // also after an error, since the first launch may be under way
+    // Also after an error, since the first launch may be under way; but in a capture the first error is the one to tell.
+    if (error.empty() || !capture.active) order_.leave(stream, capture);
     if (!error.empty()) throw std::runtime_error("flashmoe: " + error);
   }
 
