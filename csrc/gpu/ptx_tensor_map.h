@@ -22,7 +22,8 @@ inline TensorMapMaker find_tensor_map_maker() {
 #else
   const cudaError_t asked = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found);
 #endif
-  if (asked != cudaSuccess) return {nullptr, std::string("no CUDA driver to make a tensor map: ") + cudaGetErrorString(asked)};
+  if (asked != cudaSuccess)
+    return {nullptr, std::string("no CUDA driver to make a tensor map: ") + cudaGetErrorString(asked)};
   if (found != cudaDriverEntryPointSuccess || !entry)
     return {nullptr, "the CUDA driver knows no tensor maps (12.0 is the oldest that does)"};
   return {reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry), {}};

@@ -4,7 +4,8 @@ namespace flashmoe {
 
 bool begin_aligned(const ForwardArgs& a) {
   uintptr_t bits = 0;
-  for (const void* begin : {a.x, static_cast<const void*>(a.y), a.gate_up_proj, a.gate_up_bias, a.down_proj, a.down_bias})
+  const void* y = a.y;
+  for (const void* begin : {a.x, y, a.gate_up_proj, a.gate_up_bias, a.down_proj, a.down_bias})
     bits |= reinterpret_cast<uintptr_t>(begin);
   return bits % 16 == 0;
 }

@@ -109,7 +109,7 @@ class CudaTeam::Impl {
       error = std::string("launch of begin_kernel: ") + cudaGetErrorString(e);
     if (error.empty()) error = kernel.launch(launch);
     if (!error.empty()) cudaGetLastError();
-    // Also after an error, since the first launch may be under way; but in a capture the first error is the one to tell.
+    // Also after an error, since the first launch may be under way; but of a capture the first error is to be told.
     if (error.empty() || !capture.active) order_.leave(stream, capture);
     if (!error.empty()) throw std::runtime_error("flashmoe: " + error);
   }
