@@ -111,14 +111,14 @@ class ExactEngine {
     }
   }
 
-  // A token's rows are summed in the order of its routing, whatever the order of their arrival; a warp takes a token.
+  // A token's rows are summed in the order of its routing, whatever the order of their arrival. Warps take pieces of
+  // tokens, so that few tokens, or a single one, keep all of them busy.
   template <class Group, class P>
   FLASHMOE_DEVICE static void combine(const Group& group, const Context<P>& c, const Work& work) {
-    const Call& call = c.call;
-    const TokenRange tokens = combine_tokens(call, work.index);
-    const bool whole_pieces = has_whole_pieces(call);
-    for (int token = tokens.begin + group.warp(); token < tokens.end; token += group.num_warps())
-      whole_pieces ? combine_token<kPerPiece<dtype>>(group.lanes(), c, token) : combine_token<1>(group.lanes(), c, token);
+    if (has_whole_pieces(c.call))
+      combine_tokens_by<kPerPiece<dtype>>(group, c, combine_tokens(c.call, work.index));
+    else
+      combine_tokens_by<1>(group, c, combine_tokens(c.call, work.index));
   }
 
  private:
@@ -130,20 +130,36 @@ class ExactEngine {
     return bits % 16 == 0;
   }
 
-  template <int kElements, class Lanes, class P>
-  FLASHMOE_DEVICE static void combine_token(const Lanes& lanes, const Context<P>& c, int token) {
-    const Call& call = c.call;
-    for (int at = lanes.rank() * kElements; at < call.hidden_size; at += lanes.size() * kElements) {
-      float sum[kElements] = {};
-      for (int pair = token * call.top_k; pair < (token + 1) * call.top_k; ++pair) {
-        const std::byte* row = returned_row(c, pair);
-        if (!row) continue;
-        float value[kElements];
-        load_elements<dtype>(row, at, value);
-        for (int e = 0; e < kElements; ++e) sum[e] = fmaf(call.topk_weights[pair], value[e], sum[e]);
-      }
-      store_elements<dtype>(call.y + size_t(token) * call.row_bytes(), at, sum);
+  template <int kElements, class Group, class P>
+  FLASHMOE_DEVICE static void combine_tokens_by(const Group& group, const Context<P>& c, const TokenRange& tokens) {
+    const auto lanes = group.lanes();
+    const int width = lanes.size() * kElements, pieces = ceil_div(c.call.hidden_size, width);
+    for (int i = group.warp(); i < (tokens.end - tokens.begin) * pieces; i += group.num_warps()) {
+      const int at = i % pieces * width + lanes.rank() * kElements;
+      if (at < c.call.hidden_size) combine_piece<kElements>(c, tokens.begin + i / pieces, at);
     }
+  }
+
+  // Rows are loaded several at a time: each is a walk to memory.
+  template <int kElements, class P>
+  FLASHMOE_DEVICE static void combine_piece(const Context<P>& c, int token, int at) {
+    constexpr int kAtOnce = 4;
+    const Call& call = c.call;
+    const int end = (token + 1) * call.top_k;
+    float sum[kElements] = {};
+    for (int first = token * call.top_k; first < end; first += kAtOnce) {
+      const std::byte* row[kAtOnce];
+      float value[kAtOnce][kElements] = {};
+      FLASHMOE_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) row[i] = first + i < end ? returned_row(c, first + i) : nullptr;
+      FLASHMOE_UNROLL
+      for (int i = 0; i < kAtOnce; ++i)
+        if (row[i]) load_elements<dtype>(row[i], at, value[i]);
+      FLASHMOE_UNROLL
+      for (int i = 0; i < kAtOnce; ++i)
+        for (int e = 0; row[i] && e < kElements; ++e) sum[e] = fmaf(call.topk_weights[first + i], value[i][e], sum[e]);
+    }
+    store_elements<dtype>(call.y + size_t(token) * call.row_bytes(), at, sum);
   }
 
   // The crew as a grid over the tile: a thread has kRows × kColumns outputs, each the same distance apart.

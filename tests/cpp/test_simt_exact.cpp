@@ -17,10 +17,11 @@ Program program_of(const Layer& layer, const std::vector<int>& num_tokens, uint6
   return program;
 }
 
-// Both multiples of 16 bytes, then only one, then none; widths of less than a piece, and rows of 2 bytes.
+// Both multiples of 16 bytes, then only one, then none; widths of less than a piece, rows of 2 bytes, and rows of more
+// than a warp combines at once.
 template <DType dtype>
 void any_widths() {
-  for (const Widths w : {Widths{40, 72}, {40, 17}, {33, 40}, {33, 17}, {6, 102}, {1, 1}})
+  for (const Widths w : {Widths{40, 72}, {40, 17}, {33, 40}, {33, 17}, {6, 102}, {1, 1}, {264, 24}})
     for (bool gated : {true, false})
       for (const std::vector<int>& num_tokens : {std::vector<int>{21}, {19, 7}}) {
         const Layer layer({.hidden_size = w.hidden_size, .intermediate_size = w.intermediate_size, .num_experts = 4, .top_k = 2,
