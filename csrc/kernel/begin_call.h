@@ -3,6 +3,7 @@
 
 #include "kernel/rank_state.h"
 #include "kernel/thread_groups.h"
+#include "protocol/plan.h"
 
 namespace flashmoe::gpu {
 
@@ -22,11 +23,12 @@ template <class Group>
 FLASHMOE_DEVICE int take_ids(const Group& group, const Call& call, const GivenIds& given) {
   const int pairs = call.num_tokens * call.top_k;
   int first_bad = pairs;
-  for (int pair = group.rank(); pair < pairs; pair += group.size()) {
-    const int64_t id = given.at(pair);
-    if ((id < -1 || id > call.num_experts) && pair < first_bad) first_bad = pair;
-    given.taken[pair] = id < 0 || id >= call.num_experts ? -1 : int32_t(id);
-  }
+  load_and_store(
+      group, 0, uint32_t(pairs), [&](uint32_t pair) { return given.at(int(pair)); },
+      [&](uint32_t pair, int64_t id) {
+        if ((id < -1 || id > call.num_experts) && int(pair) < first_bad) first_bad = int(pair);
+        given.taken[pair] = id < 0 || id >= call.num_experts ? -1 : int32_t(id);
+      });
   return first_bad;
 }
 
