@@ -123,7 +123,7 @@ class Worker {
   // The loaders' warps.
   FLASHMOE_DEVICE void load(const Operands* operands) {
     E engine;
-    E::prefetch(operands);
+    if (c_.call.num_local_experts() > 0) E::prefetch(operands);  // else there are no maps
     for (uint32_t n = 0;; ++n) {
       const Work work = shared_.ring.take(n);
       if (work.kind == WorkKind::kStop) return;
