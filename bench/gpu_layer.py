@@ -9,6 +9,7 @@ of a shape take turns. No shape is begun after S seconds.
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
@@ -20,11 +21,16 @@ import torch.nn.functional as F
 import flashmoe
 from flashmoe import info
 from flashmoe.models import SHAPES, LayerShape
+from flashmoe.routing import make_router
 from flashmoe.virtual_ranks import VirtualRanks
 
+# With as many experts as the largest layer that the paper measures.
+SHAPES = SHAPES | {"flashmoe-paper": dataclasses.replace(SHAPES["flashmoe-paper"], num_experts=128)}
+PREFILL = {"flashmoe-paper": 2}  # times as many tokens as the others
 ROUNDS, WARMUP = 15, 3
 CALLS_OF_A_GRAPH = 10
 TOLERANCE = 2e-2
+ROUTER = "the router, beside them"
 
 
 def draw(shape: LayerShape, tokens: int):
@@ -114,6 +120,13 @@ def triton_call(data, options):
     return lambda: triton_moe(*data, **options)
 
 
+def router_call(shape: LayerShape, x):
+    """What MoE does before fused_moe: scores and top-k, by torch."""
+    router = make_router(shape.router, shape.hidden_size, shape.num_experts, shape.top_k, **shape.router_options,
+                         device="cuda", dtype=x.dtype)  # fmt: skip
+    return lambda: router(x)
+
+
 def milliseconds(call) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -152,11 +165,13 @@ def bytes_per_second() -> float:
 
 
 def measure_prefill(shape: LayerShape, tokens: int, ranks: list[int]) -> dict:
-    calls, missing = contenders(shape, draw(shape, tokens), ranks)
+    data = draw(shape, tokens)
+    calls, missing = contenders(shape, data, ranks)
     calls["cublas, same FLOPs"] = ceiling_call(shape, tokens)
-    times = timed(calls)
-    for one in times.values():
-        one["tflops"] = shape.flops(tokens * shape.top_k) / one["p50_ms"] / 1e9
+    times = timed(calls | {ROUTER: router_call(shape, data[0])})
+    for name, one in times.items():
+        if name != ROUTER:
+            one["tflops"] = shape.flops(tokens * shape.top_k) / one["p50_ms"] / 1e9
     return {"kind": "prefill", "times": times, "missing": missing}
 
 
@@ -164,7 +179,7 @@ def measure_decode(shape: LayerShape, tokens: int, bandwidth: float) -> dict:
     data = draw(shape, tokens)
     calls, missing = contenders(shape, data, [])
     graphs = {}
-    for name, call in calls.items():
+    for name, call in [*calls.items(), (ROUTER, router_call(shape, data[0]))]:
         try:
             graphs[name] = in_graph(call)
         except Exception as error:
@@ -172,8 +187,9 @@ def measure_decode(shape: LayerShape, tokens: int, bandwidth: float) -> dict:
     times = timed(graphs, CALLS_OF_A_GRAPH)
     read = data[1].unique().numel() * shape.expert_elements * 2
     floor = read / bandwidth * 1e3
-    for one in times.values():
-        one["share_of_floor"] = floor / one["p50_ms"]
+    for name, one in times.items():
+        if name != ROUTER:
+            one["share_of_floor"] = floor / one["p50_ms"]
     return {"kind": "decode", "weight_bytes": read, "floor_ms": floor, "times": times, "missing": missing}
 
 
@@ -184,11 +200,13 @@ def line(one: dict) -> str:
     if "floor_ms" in one:
         text += f"  memory's floor {one['floor_ms']:.3f} ms"
     for name, t in one["times"].items():
-        rate = f"{t['tflops']:.0f} TFLOP/s" if "tflops" in t else f"{100 * t['share_of_floor']:.0f} %"
+        rate = f"{t['tflops']:.0f} TFLOP/s" if "tflops" in t else ""
+        rate = f"{100 * t['share_of_floor']:.0f} %" if "share_of_floor" in t else rate
         text += f"\n    {name:24s} {t['p50_ms']:9.3f} ms  {rate}"
     return text + "".join(f"\n    {name:24s} MISSING: {why}" for name, why in one["missing"].items())
 
 
+@torch.no_grad()
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json")
@@ -204,29 +222,29 @@ def main() -> int:
         "bytes_per_second": bandwidth, "results": [],
     }  # fmt: skip
     print(f"{record['device']}: {bandwidth / 1e12:.2f} TB/s in a copy")
-    wanted = [("prefill", t) for t in options.tokens] + [("decode", t) for t in options.decode]
+    # All models of a kind before the next, should the time not do for all.
+    wanted = [("prefill", model, n * PREFILL.get(model, 1)) for n in options.tokens for model in options.models]
+    wanted += [("decode", model, n) for n in options.decode for model in options.models]
     failed = False
-    for kind, tokens in wanted:  # all models of a kind before the next, should the time not do for all
-        for model in options.models:
-            if time.monotonic() - started > options.seconds:
-                one = {"kind": kind, "failure": "no time was left"}
-            else:
-                try:
-                    shape = SHAPES[model]
-                    prefill = kind == "prefill"
-                    if prefill:
-                        one = measure_prefill(shape, tokens, options.ranks)
-                    else:
-                        one = measure_decode(shape, tokens, bandwidth)
-                except Exception as error:  # nor one shape the others
-                    one = {"kind": kind, "failure": f"{type(error).__name__}: {error}"[:300]}
-            one |= {"model": model, "tokens": tokens}
-            failed = failed or "failure" in one or "flashmoe" in one["missing"]
-            record["results"].append(one)
-            print(line(one), flush=True)
-            if options.json:
-                with open(options.json, "w") as file:
-                    json.dump(record, file, indent=1)
+    for kind, model, tokens in wanted:
+        if time.monotonic() - started > options.seconds:
+            one = {"kind": kind, "failure": "no time was left"}
+        else:
+            try:
+                shape = SHAPES[model]
+                if kind == "prefill":
+                    one = measure_prefill(shape, tokens, options.ranks)
+                else:
+                    one = measure_decode(shape, tokens, bandwidth)
+            except Exception as error:  # nor one shape the others
+                one = {"kind": kind, "failure": f"{type(error).__name__}: {error}"[:300]}
+        one |= {"model": model, "tokens": tokens}
+        failed = failed or "failure" in one or "flashmoe" in one["missing"]
+        record["results"].append(one)
+        print(line(one), flush=True)
+        if options.json:
+            with open(options.json, "w") as file:
+                json.dump(record, file, indent=1)
     return int(failed)
 
 
