@@ -47,12 +47,16 @@ $(VENV)/.requirements-cuda: requirements-cuda.txt $(VENV)/.requirements
 	$(PIP_INSTALL) -r $<
 	touch $@
 
+# What make builds is run here: where there is no driver, the CUDA half would be minutes of compiling for nothing.
+without_driver := $(if $(wildcard /proc/driver/nvidia /dev/nvidiactl /dev/dxg),,-DFLASHMOE_CUDA=OFF)
+for_here := CMAKE_ARGS="$(without_driver) $${CMAKE_ARGS:-}"
+
 # Without isolation the build uses the pinned tools above, and its folder under build/ is good for the next build.
 # setup.py first, since pip would compile silently.
 $(VENV)/.flashmoe: $(VENV)/.requirements $(BUILD_INPUTS)
 	$(call section,Extension flashmoe._C)
-	$(BIN)/python setup.py --quiet build_ext --inplace
-	$(PIP_INSTALL) --quiet --no-build-isolation --no-deps --editable .
+	$(for_here) $(BIN)/python setup.py --quiet build_ext --inplace
+	$(for_here) $(PIP_INSTALL) --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
 test-cpp: test-cpp-plain test-cpp-thread test-cpp-address

@@ -9,8 +9,8 @@ elseif(NOT FLASHMOE_SANITIZE STREQUAL "")
 endif()
 
 if(sanitizers)
-  # -O1: a trace that names the line; -fno-sanitize-recover: undefined behaviour fails the test and not only prints.
-  set(CMAKE_CXX_FLAGS_RELEASE "-O1 -g")
+  # -O1 -g1: a trace that names the line; -fno-sanitize-recover: undefined behaviour fails the test and not only prints.
+  set(CMAKE_CXX_FLAGS_RELEASE "-O1 -g1")
   add_compile_options(-fsanitize=${sanitizers} -fno-sanitize-recover=all -fno-omit-frame-pointer)
   add_link_options(-fsanitize=${sanitizers})
 endif()
