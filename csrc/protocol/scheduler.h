@@ -27,15 +27,19 @@ class Scheduler {
     const uint32_t before = n.up.published;
     const uint32_t known = lanes.broadcast(lanes.rank() == 0 ? P::load_acquire(&n.headers_known) : 0u);
     const int experts = c_.call.num_local_experts();
+    const bool all_here = known_rows_are_here(lanes, known);
     bool all_published = known == uint32_t(c_.call.ep_size);
     for (int first = 0; first < experts; first += lanes.size()) {
       const int expert = first + lanes.rank();
-      const bool waiting = expert < experts && next_row(expert) < rows_known(expert, known);
-      lanes.for_each_true(waiting, [&](int rank) {
-        while (publish_next(lanes, first + rank, known)) {
-        }
-      });
-      all_published = lanes.all(all_published && !(waiting && next_row(expert) < rows_known(expert, known)));
+      if (all_here) {
+        publish_together(lanes, expert, known);
+      } else {
+        lanes.for_each_true(is_waiting(expert, known), [&](int rank) {
+          while (publish_next(lanes, first + rank, known)) {
+          }
+        });
+      }
+      all_published = lanes.all(all_published && !is_waiting(expert, known));
     }
     const bool progress = n.up.published != before || all_published;
     lanes.sync();
@@ -58,6 +62,49 @@ class Scheduler {
     return c_.ws.row_offset[known * c_.call.num_local_experts() + expert];
   }
 
+  FLASHMOE_ROLE bool is_waiting(int expert, uint32_t known) const {
+    return expert < c_.call.num_local_experts() && next_row(expert) < rows_known(expert, known);
+  }
+
+  template <LaneGroup Lanes>
+  FLASHMOE_ROLE bool known_rows_are_here(const Lanes& lanes, uint32_t known) const {
+    bool here = true;
+    for (uint32_t i = lanes.rank(); i < known; i += lanes.size())
+      here = here && P::load_acquire(&c_.ws.chunks_ready[i]) == c_.ws.num_chunks[i];
+    return lanes.all(here);
+  }
+
+  FLASHMOE_ROLE RowBlock block_at(int expert, uint32_t row, uint32_t end, uint32_t known, uint32_t sequence) const {
+    const uint32_t rows = row + kBlockM < end ? kBlockM : end - row;
+    return {expert, row, rows, int32_t(known), sequence, tiles_.up_tiles, tiles_.down_tiles};
+  }
+
+  // All blocks of the lanes' experts that own ring slots, in the order of the experts. One after another they would
+  // keep many small experts waiting for longer than their tiles take.
+  template <LaneGroup Lanes>
+  FLASHMOE_ROLE void publish_together(const Lanes& lanes, int expert, uint32_t known) {
+    Workspace& ws = c_.ws;
+    const bool waiting = is_waiting(expert, known);
+    const uint32_t begin = waiting ? next_row(expert) : 0, end = waiting ? rows_known(expert, known) : 0;
+    const bool last_is_known = known == uint32_t(c_.call.ep_size);
+    const uint32_t blocks = (end - begin + (last_is_known ? kBlockM - 1 : 0)) / kBlockM;
+    const uint32_t published = ws.counters->up.published;
+    uint32_t all;
+    const uint32_t first = published + lanes.exclusive_sum(blocks, all);
+    if (all == 0) return;
+    uint32_t num = 0;
+    while (num < blocks && P::load_acquire(&ws.ring_free[(first + num) % ws.ring_blocks]) == first + num) ++num;
+    // Sequences have no gaps: after the first lane that lacks a slot none publishes.
+    if (lanes.rank() > lanes.leading(num == blocks)) num = 0;
+    for (uint32_t b = 0; b < num; ++b)
+      ws.ring[(first + b) % ws.ring_blocks] = block_at(expert, begin + b * kBlockM, end, known, first + b);
+    if (num) ws.next_block[expert] += num;
+    lanes.exclusive_sum(num, all);
+    lanes.sync();
+    if (lanes.rank() == 0 && all) P::store_release(&ws.counters->up.published, published + all);
+    lanes.sync();
+  }
+
   template <LaneGroup Lanes>
   FLASHMOE_ROLE bool publish_next(const Lanes& lanes, int expert, uint32_t known) {
     Workspace& ws = c_.ws;
@@ -65,10 +112,9 @@ class Scheduler {
     if (begin >= end) return false;
     // The last block of the list may be short, but only when no source can add to it any more.
     if (begin + kBlockM > end && known < uint32_t(c_.call.ep_size)) return false;
-    const uint32_t rows = begin + kBlockM < end ? kBlockM : end - begin;
 
     const uint32_t sequence = ws.counters->up.published, slot = sequence % ws.ring_blocks;
-    const RowBlock block{expert, begin, rows, int32_t(known), sequence, tiles_.up_tiles, tiles_.down_tiles};
+    const RowBlock block = block_at(expert, begin, end, known, sequence);
     if (!lanes.all(lanes.rank() != 0 || P::load_acquire(&ws.ring_free[slot]) == sequence)) return false;
     if (!lanes.all(rows_are_here(lanes, block))) return false;
     if (lanes.rank() == 0) {
