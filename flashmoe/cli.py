@@ -1,4 +1,4 @@
-"""The command line: ``flashmoe run`` and ``flashmoe info``."""
+"""The command line: ``flashmoe run``, ``flashmoe report`` and ``flashmoe info``."""
 
 import argparse
 import json
@@ -6,12 +6,14 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from . import baselines
 from ._version import __version__
 from .cores import usable_cores
 from .info import information, information_text
 from .models import SHAPES
+from .page import write_report
 from .run import run
 from .run_rank import DTYPES, RunOptions
 from .settings import NUM_WORKERS_VARIABLE, REMOTE_ONLY_VARIABLE, num_workers_asked, settings_of_environment
@@ -69,6 +71,17 @@ def _parser() -> argparse.ArgumentParser:
     option("--json", "write everything there too", metavar="FILE")
     run.set_defaults(command=_run, parser=run)
 
+    report = commands.add_parser(
+        "report", help="figures and a page from records of `flashmoe run --json`",
+        description="Draws the records of a folder: figures as SVG and one static HTML page that holds them all.",
+    )  # fmt: skip
+    report.add_argument("results", nargs="?", default="bench/results", type=Path, metavar="FOLDER",
+                        help="of the records (default: bench/results)")  # fmt: skip
+    report.add_argument("--out", default="build/report", type=Path, metavar="FOLDER",
+                        help="for index.html and the figures (default: build/report)")  # fmt: skip
+    report.add_argument("--readme", type=Path, metavar="FILE", help="write the table between this file's marks anew")
+    report.set_defaults(command=_report)
+
     info = commands.add_parser("info", help="versions, features of the build, the machine")
     info.add_argument("--json", action="store_true", help="as JSON")
     info.set_defaults(command=_info)
@@ -116,6 +129,16 @@ def _chosen(options: argparse.Namespace) -> tuple[str, ...]:
                 f"argument --baselines: with --ranks {options.ranks} choose from {', '.join(possible)}, got {name!r}"
             )
     return tuple(options.baselines)
+
+
+def _report(options: argparse.Namespace, arguments: list[str]) -> int:
+    try:
+        for path in write_report(options.results, options.out, options.readme):
+            print(path)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"FAILED {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _info(options: argparse.Namespace, arguments: list[str]) -> int:
