@@ -21,6 +21,13 @@ NAMES = (*(f"hf-{name}" for name in HUGGING_FACE), *PIPELINES, ONE_PROCESS)
 _HF_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
 
 
+def of_ranks(ranks: int) -> list[str]:
+    """The baselines that a run of so many ranks can be compared with."""
+    if ranks == 1:
+        return [f"hf-{name}" for name in HUGGING_FACE]
+    return [*PIPELINES, ONE_PROCESS]
+
+
 class Skipped(Exception):
     """A baseline that cannot take part; the message says why."""
 
@@ -37,8 +44,10 @@ def hugging_face(
         x: [T, hidden_size]; the projections hold all experts.
 
     Raises:
-        Skipped: transformers is missing or too old, or the implementation needs too much memory.
+        Skipped: transformers is missing or too old, the implementation needs too much memory, or entries are dropped.
     """
+    if int(routing.tokens_per_expert().sum()) < routing.topk_ids.numel():
+        raise Skipped("drops nothing")
     if implementation == "batched_mm":
         needed = routing.topk_ids.numel() * shape.expert_elements * x.element_size()
         limit = available_memory() // 4
@@ -117,13 +126,14 @@ def pipeline(
             return plain(gate) * up
 
     num_tokens, top_k = routing.topk_ids.shape
+    num_kept = int(routing.tokens_per_expert().sum())
     world_size, rank = dist.get_world_size(), dist.get_rank()
     num_local = experts_per_rank[rank]
     weights = routing.topk_weights.to(x.dtype).unsqueeze(-1)
 
     def call() -> Tensor:
-        order = routing.topk_ids.flatten().argsort(stable=True)
-        counts = torch.bincount(routing.topk_ids.flatten(), minlength=shape.num_experts)
+        order = routing.topk_ids.flatten().argsort(stable=True)[:num_kept]  # dropped entries have the largest id
+        counts = torch.bincount(routing.topk_ids.flatten(), minlength=shape.num_experts)[: shape.num_experts]
         arriving = counts.new_empty(world_size * num_local)
         dist.all_to_all_single(arriving, counts, [num_local] * world_size, experts_per_rank)
         send = [part.sum().item() for part in counts.split(experts_per_rank)]
@@ -136,9 +146,11 @@ def pipeline(
         out = ffn(rows[by_expert], arriving.view(world_size, num_local).sum(0), gate_up_proj, down_proj, act)
         results = torch.empty_like(rows)
         results[by_expert] = out
-        returned = x.new_empty(num_tokens * top_k, x.shape[1])
+        returned = x.new_empty(num_kept, x.shape[1])
         dist.all_to_all_single(returned, results, send, receive)
-        unsorted = torch.empty_like(returned)
+        unsorted = x.new_empty(num_tokens * top_k, x.shape[1])
+        if num_kept < len(unsorted):
+            unsorted.zero_()
         unsorted[order] = returned
         return (unsorted.view(num_tokens, top_k, -1) * weights).sum(1)
 

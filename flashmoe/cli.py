@@ -8,8 +8,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import baselines
+from . import baselines, bench_cli
 from ._version import __version__
+from .argument_types import baseline_names, count, positive, seconds
 from .cores import usable_cores
 from .info import information, information_text
 from .models import SHAPES
@@ -18,7 +19,6 @@ from .run import run
 from .run_rank import DTYPES, RunOptions
 from .settings import NUM_WORKERS_VARIABLE, REMOTE_ONLY_VARIABLE, num_workers_asked, settings_of_environment
 
-_ALL_BASELINES = "all"
 _DEFAULT_MODEL, _DEFAULT_SCALE = "qwen3-30b-a3b", 4  # a minute at most on two cores
 
 
@@ -51,25 +51,27 @@ def _parser() -> argparse.ArgumentParser:
 
     option("--model", f"shape of the layer: {', '.join(SHAPES)}", _DEFAULT_MODEL, choices=list(SHAPES),
            metavar="NAME")
-    option("--scale", f"divides both widths (default: {_DEFAULT_SCALE} without --model, else 1)", type=_positive,
+    option("--scale", f"divides both widths (default: {_DEFAULT_SCALE} without --model, else 1)", type=positive,
            metavar="N")
-    option("--tokens", "tokens per rank", 512, type=_positive, metavar="T")
-    option("--ranks", "processes; 1 means this one alone", 2, type=_positive, metavar="W")
+    option("--tokens", "tokens per rank", 512, type=positive, metavar="T")
+    option("--ranks", "processes; 1 means this one alone", 2, type=positive, metavar="W")
     option("--dtype", "of weights and tokens: fp32, bf16 or fp16", "fp32", choices=list(DTYPES), metavar="D")
     option("--input", "text: hidden states of the standard library's sources; random: normal noise", "text",
            choices=["text", "random"], metavar="KIND")
-    option("--iters", "rounds of timed calls", 20, type=_positive, metavar="N")
-    option("--warmup", "untimed calls before", 2, type=_count, metavar="N")
-    option("--seconds", "about how long to time; slow contenders get fewer samples", 20.0, type=_seconds, metavar="S")
-    option("--seed", "of weights and input", 0, type=_count, metavar="N")
-    option("--remote-only", "reach peers only by puts that are delayed and reordered, as over RDMA", type=_count,
+    option("--iters", "rounds of timed calls", 20, type=positive, metavar="N")
+    option("--warmup", "untimed calls before", 2, type=count, metavar="N")
+    option("--seconds", "about how long to time; slow contenders get fewer samples", 20.0, type=seconds, metavar="S")
+    option("--seed", "of weights and input", 0, type=count, metavar="N")
+    option("--remote-only", "reach peers only by puts that are delayed and reordered, as over RDMA", type=count,
            metavar="SEED")
-    option("--threads", "threads that compute, per rank (default: the usable cores shared out)", type=_positive,
+    option("--threads", "threads that compute, per rank (default: the usable cores shared out)", type=positive,
            metavar="N")
-    option("--baselines", f"all, none, or some of: {', '.join(baselines.NAMES)}", _ALL_BASELINES, type=_baselines,
+    option("--baselines", f"all, none, or some of: {', '.join(baselines.NAMES)}", "all", type=baseline_names,
            metavar="LIST")
     option("--json", "write everything there too", metavar="FILE")
     run.set_defaults(command=_run, parser=run)
+
+    bench_cli.add_commands(commands.add_parser("bench", help="measure many configurations, or predict them"))
 
     report = commands.add_parser(
         "report", help="figures and a page from records of `flashmoe run --json`",
@@ -119,9 +121,8 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
 
 def _chosen(options: argparse.Namespace) -> tuple[str, ...]:
     """The baselines of this run; one that is named must fit the number of ranks."""
-    hugging_face = [name for name in baselines.NAMES if name.startswith("hf-")]
-    possible = hugging_face if options.ranks == 1 else [*baselines.PIPELINES, baselines.ONE_PROCESS]
-    if options.baselines == _ALL_BASELINES:
+    possible = baselines.of_ranks(options.ranks)
+    if options.baselines == "all":
         return tuple(possible)
     for name in options.baselines:
         if name not in possible:
@@ -145,38 +146,6 @@ def _info(options: argparse.Namespace, arguments: list[str]) -> int:
     known = information()
     print(json.dumps(known, indent=1) if options.json else information_text(known))
     return 0
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**31:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 0, got {text!r}")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 < seconds < 1e6:
-        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {text!r}")
-    return seconds
-
-
-def _baselines(text: str) -> str | list[str]:
-    if text == _ALL_BASELINES:
-        return text
-    names = [] if text == "none" else [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in baselines.NAMES:
-            raise argparse.ArgumentTypeError(f"must be all, none or from {', '.join(baselines.NAMES)}, got {name!r}")
-    return names
 
 
 if __name__ == "__main__":

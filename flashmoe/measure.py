@@ -16,6 +16,7 @@ _TURN_S = 0.004  # shorter calls are repeated until a turn lasts about this long
 _REPORT_S = 5.0
 _GEMM_SIZE = 2048
 _READ_BYTES = 256 << 20
+_COPY_BYTES = 64 << 20
 
 
 class Ranks:
@@ -173,3 +174,10 @@ def reading(threads: int) -> tuple[Contender, int]:
     """Reading memory that no cache holds, with ``threads`` threads, and its bytes."""
     memory = torch.ones(_READ_BYTES, dtype=torch.uint8)
     return Contender("pure reading", lambda: _C.read_memory(memory.data_ptr(), _READ_BYTES, threads), threads), _READ_BYTES
+
+
+def copying(threads: int) -> tuple[Contender, int]:
+    """Copying memory that no cache holds, as a put into mapped memory does, and the bytes that arrive."""
+    source = torch.ones(_COPY_BYTES, dtype=torch.uint8)
+    to = torch.empty_like(source)
+    return Contender("pure copying", lambda: to.copy_(source), threads), _COPY_BYTES

@@ -53,14 +53,13 @@ RUN_SCHEMA: dict[str, Any] = _object({
     "bytes_per_peer": _TRAFFIC,
     "rates": _object({"threads": _COUNT, "gemm_gflops": _NUMBER, "read_gb_s": _NUMBER}),
     "latency": _LATENCY,
-    "latency_with_router": _LATENCY,
     "baselines": {"type": "array", "items": {"anyOf": [_COMPARED, _SKIPPED]}},
     "flops": _COUNT,
     "floor": _object({"seconds": _NUMBER, "compute_seconds": _NUMBER, "read_seconds": _NUMBER,
                       "weight_bytes_touched": _COUNT, "share_of_speed": _NUMBER,
                       "share_of_speed_quartiles": _QUARTILES}),
     "elapsed_seconds": _NUMBER,
-})  # fmt: skip
+}, latency_with_router=_LATENCY, link=_object({"bytes": _COUNT, "gb_s": _NUMBER, "seconds": _NUMBER}))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ def markdown_table(records: Iterable[Record]) -> str:
     for record in records:
         floor, rival = record.data["floor"], record.rival()
         low, high = (f"{100 * share:.0f}" for share in floor["share_of_speed_quartiles"])
-        faster = "" if rival is None else "{:.2f} × ({:.2f} – {:.2f})".format(rival["ratio"], *rival["ratio_quartiles"])
+        faster = "{:.2f} × ({:.2f} – {:.2f})".format(rival["ratio"], *rival["ratio_quartiles"]) if rival else ""
         lines.append(
             f"| {record.layer}, {record.dtype} | {record.tokens} · {record.ranks} | "
             f"{100 * floor['share_of_speed']:.0f} % ({low} – {high}) | {rival['name'] if rival else ''} | {faster} |"

@@ -56,7 +56,7 @@ def head(record: dict[str, Any]) -> str:
 def body(record: dict[str, Any]) -> str:
     """What was measured."""
     load, error, rates, floor = (record[key] for key in ("routing", "error", "rates", "floor"))
-    latency, routed = record["latency"], record["latency_with_router"]
+    latency, routed = record["latency"], record.get("latency_with_router")
     reading = floor["read_seconds"] > floor["compute_seconds"]
     cached = reading and floor["share_of_speed"] > 1
     experts = record["shape"]["num_experts"]
@@ -67,7 +67,7 @@ def body(record: dict[str, Any]) -> str:
                   f"{error['checked_tokens']} of {error['tokens']} tokens against float64; "
                   f"a repeat is bitwise {'equal' if error['bitwise_repeat'] else 'DIFFERENT'}"),
         ("latency", f"p50 {milliseconds(latency['p50'])}, p95 {milliseconds(latency['p95'])} of {latency['samples']} "
-                    f"samples; with the router p50 {milliseconds(routed['p50'])}"),
+                    f"samples{'; with the router p50 ' + milliseconds(routed['p50']) if routed else ''}"),
         ("speed", f"{latency['gflops']:.1f} GFLOP/s = {percent(record['gemm_share'])} of the pure GEMM rate "
                   f"({rates['gemm_gflops']:.1f} in fp32 with as many threads, {rates['threads']})"),
         ("floor", f"{milliseconds(floor['seconds'])} for the {'weights' if reading else 'FLOPs'}; "

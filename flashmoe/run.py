@@ -26,21 +26,7 @@ class NotEnoughMemory(RuntimeError):
 
 def run(options: RunOptions, json_file: str | None, command: list[str]) -> int:
     """Run, print, write ``json_file``; return the exit code."""
-    record: dict[str, Any] = {
-        "schema": 1,
-        "ok": False,
-        "failure": None,
-        "command": command,
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "machine": machine(),
-        "shape": dataclasses.asdict(options.shape),
-        "run": {
-            **{name: getattr(options, name) for name in ("ranks", "tokens", "dtype", "input", "threads", "seed")},
-            **{name: getattr(options, name) for name in ("iterations", "warmup", "seconds", "remote_only")},
-            "transport": _transport(options),
-        },
-    }
+    record = new_record(options, command)
     print(report.head(record), flush=True)
     try:
         check_memory(options)
@@ -52,15 +38,46 @@ def run(options: RunOptions, json_file: str | None, command: list[str]) -> int:
     except Exception as error:
         traceback.print_exc()
         record["failure"] = f"{type(error).__name__}: {error}"
-    record["ok"] = record["failure"] is None
-    record["elapsed_seconds"] = time.time() - options.started
+    finish(record, options)
     if json_file is not None:
         try:
-            Path(json_file).write_text(json.dumps(_finite(record), indent=1, allow_nan=False) + "\n")
+            write(record, Path(json_file))
         except OSError as error:
             record["ok"], record["failure"] = False, f"cannot write {json_file}: {error.strerror}"
     print(report.verdict(record) if record["ok"] else f"FAILED {record['failure']}", flush=True)
     return 0 if record["ok"] else 1
+
+
+def new_record(options: RunOptions, command: list[str]) -> dict[str, Any]:
+    """What is known before anything is measured."""
+    asked = ("ranks", "tokens", "dtype", "input", "threads", "seed", "iterations", "warmup", "seconds", "remote_only",
+             "skew", "capacity_factor", "inputs")  # fmt: skip
+    return {
+        "schema": 1,
+        "ok": False,
+        "failure": None,
+        "command": command,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "machine": machine(),
+        "shape": dataclasses.asdict(options.shape),
+        "run": {name: getattr(options, name) for name in asked} | {"transport": _transport(options)},
+    }
+
+
+def finish(record: dict[str, Any], options: RunOptions) -> None:
+    """Says how it ended."""
+    record["ok"] = record["failure"] is None
+    record["elapsed_seconds"] = time.time() - options.started
+
+
+def write(record: dict[str, Any], path: Path) -> None:
+    """As JSON.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path.write_text(json.dumps(_finite(record), indent=1, allow_nan=False) + "\n")
 
 
 def failure_of(error: dict[str, Any]) -> str | None:

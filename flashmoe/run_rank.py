@@ -2,8 +2,10 @@
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -13,17 +15,22 @@ from . import baselines
 from .accuracy import Check, checked_tokens
 from .activations import random_activations, text_activations
 from .contention import ProcessorTime
-from .measure import Contender, Ranks, gemm, quantile, reading, speedup, spread, take_turns
+from .measure import Contender, Ranks, copying, gemm, quantile, reading, speedup, spread, take_turns
 from .models import LayerShape
 from .module import MoE
 from .routing import Routing, make_router
+from .skew import skewed, with_capacity
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What ``flashmoe run`` was asked for, as each rank gets it; ``started`` is a time.time()."""
+    """What a run was asked for, as each rank gets it; ``started`` is a time.time().
+
+    ``skew`` and ``capacity_factor`` are of skew.py; with ``inputs`` above 1 as many inputs take turns, so that a call
+    does not find its rows in a cache.
+    """
 
     shape: LayerShape
     tokens: int
@@ -39,6 +46,14 @@ class RunOptions:
     usable_threads: int
     baselines: tuple[str, ...]
     started: float
+    skew: str = "router"
+    capacity_factor: float | None = None
+    inputs: int = 1
+
+    @property
+    def routes(self) -> bool:
+        """Whether the layer's own router decides, so that a call with it is the same work."""
+        return self.skew == "router" and self.capacity_factor is None
 
     @property
     def all_threads(self) -> int:
@@ -68,20 +83,19 @@ def run_rank(options: RunOptions) -> dict[str, Any] | None:
     report(f"weights: {shape.num_experts} experts of {shape.expert_elements / 1e6:.2f} M elements")
     layer, whole = _build(options, ranks)
     report(f"activations: {options.tokens} tokens a rank, {options.input}")
-    activations = text_activations if options.input == "text" else random_activations
-    x = activations(options.tokens, shape.hidden_size, rank=ranks.rank, seed=options.seed).to(DTYPES[options.dtype])
-    routing = layer.router(x)
+    inputs = [_draw(options, ranks, layer, number) for number in range(options.inputs)]
+    x, routing = inputs[0]
     y = layer(x, routing)
     stats = ranks.collect_objects(layer.stats)
     repeat = ranks.collect_objects(torch.equal(_bits(y), _bits(layer(x, routing))))
 
     result: dict[str, Any] = {}
     check, run_whole = None, None
-    everything = [ranks.collect(part) for part in (x.float(), y.float(), routing.topk_ids, routing.topk_weights)]
+    everything = [_collect(ranks, *one) for one in inputs]
+    all_y = ranks.collect(y.float())
     if ranks.rank == 0:
-        all_x, all_y = everything[0].to(x.dtype), everything[1]  # they travelled in float32, which holds every dtype
-        all_routing = Routing(*everything[2:], shape.num_experts)
-        run_whole = partial(whole, all_x, all_routing)
+        all_x, all_routing = everything[0]
+        run_whole = _in_turns([partial(whole, *one) for one in everything])
         report(f"reference: {checked_tokens(shape, len(all_x))} of {len(all_x)} tokens in float64")
         torch.set_num_threads(options.all_threads)
         check = Check(shape, whole, all_x, all_routing, options.tokens)
@@ -92,18 +106,20 @@ def run_rank(options: RunOptions) -> dict[str, Any] | None:
             "rows_computed": [sum(rank["tokens_per_expert"]) for rank in stats],
         }
 
-    contenders = [
-        Contender("flashmoe", partial(layer, x, routing), options.threads),
-        Contender("with router", partial(layer, x), options.threads),
-    ]
+    contenders = [Contender("flashmoe", _in_turns([partial(layer, *one) for one in inputs]), options.threads)]
+    if options.routes:
+        contenders.append(Contender("with router", _in_turns([partial(layer, x) for x, _ in inputs]), options.threads))
     pure, amounts = zip(gemm(options.all_threads), reading(options.all_threads), strict=True)
     for contender in pure:  # one rank measures what the machine does with the threads of all
         contender.call = contender.call if ranks.rank == 0 else None
     contenders.extend(pure)
+    link, copied = copying(options.threads)
+    if options.ranks > 1:
+        contenders.append(link)
     results = []
     for name in options.baselines:
         report(f"baseline: {name}")
-        contender, answer = _enter_baseline(name, options, ranks, layer, run_whole, x, routing)
+        contender, answer = _enter_baseline(name, options, ranks, layer, run_whole, inputs)
         if contender is None:
             results.append({"name": name, "skipped": answer})
             continue
@@ -117,7 +133,7 @@ def run_rank(options: RunOptions) -> dict[str, Any] | None:
     cores = processors.shares(sum(processor_seconds)) if ranks.rank == 0 else None
     if ranks.rank:
         return None
-    flops = shape.flops(all_routing.topk_ids.numel())
+    flops = shape.flops(sum(int(routing.tokens_per_expert().sum()) for _, routing in everything) // len(everything))
     timed = {contender.name: contender for contender in contenders}
     for entry in results:
         if entry["name"] in timed:
@@ -131,12 +147,41 @@ def run_rank(options: RunOptions) -> dict[str, Any] | None:
         },
         "cores_while_timing": cores,
         "latency": _speed(contenders[0], flops),
-        "latency_with_router": _speed(contenders[1], flops),
         "baselines": results,
         "flops": flops,
     }
+    if options.routes:
+        result["latency_with_router"] = _speed(contenders[1], flops)
+    if options.ranks > 1:
+        result["link"] = _link(result["bytes_per_peer"], copied / spread(link.samples)["p50"])
     touched = result["routing"]["experts_used"] * shape.expert_elements * DTYPES[options.dtype].itemsize
     return result | _floor(contenders[0], *pure, flops / amounts[0], touched, touched / amounts[1])
+
+
+def _draw(options: RunOptions, ranks: Ranks, layer: MoE, number: int) -> tuple[torch.Tensor, Routing]:
+    """This rank's tokens of one of the inputs, and where they go."""
+    activations = text_activations if options.input == "text" else random_activations
+    stretch = ranks.rank + number * ranks.size
+    x = activations(options.tokens, options.shape.hidden_size, rank=stretch, seed=options.seed)
+    x = x.to(DTYPES[options.dtype])
+    routing = skewed(layer.router(x), options.skew, options.seed + stretch)
+    if options.capacity_factor is not None:
+        routing = with_capacity(routing, options.capacity_factor)
+    return x, routing
+
+
+def _collect(ranks: Ranks, x: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, Routing] | None:
+    """The tokens of all ranks on rank 0. They travel in float32, which holds every dtype."""
+    parts = [ranks.collect(part) for part in (x.float(), routing.topk_ids, routing.topk_weights)]
+    return (parts[0].to(x.dtype), Routing(*parts[1:], routing.num_experts)) if ranks.rank == 0 else None
+
+
+def _in_turns(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
+    """Each call makes the next of them."""
+    if len(calls) == 1:
+        return calls[0]
+    turns = cycle(calls)
+    return lambda: next(turns)()
 
 
 def _build(options: RunOptions, ranks: Ranks) -> tuple[MoE, MoE | None]:
@@ -165,22 +210,24 @@ def _build(options: RunOptions, ranks: Ranks) -> tuple[MoE, MoE | None]:
 
 
 def _enter_baseline(
-    name: str, options: RunOptions, ranks: Ranks, layer: MoE, run_whole: Any, x: torch.Tensor, routing: Routing
+    name: str, options: RunOptions, ranks: Ranks, layer: MoE, run_whole: Any, inputs: list[tuple[torch.Tensor, Routing]]
 ) -> tuple[Contender | None, Any]:
-    """A contender and, on rank 0, its result for all tokens in float32; or None and why it cannot take part."""
+    """A contender and, on rank 0, its result for the first input's tokens in float32; or None and why there is none."""
     shape, weights = options.shape, (layer.gate_up_proj, layer.down_proj)
     if name == baselines.ONE_PROCESS:
         contender = Contender(name, run_whole, options.all_threads)
-        return contender, contender.call().float() if run_whole else None
+        # Once round, so that the answer is the first input's, and so is the next call.
+        answers = [run_whole() for _ in inputs] if run_whole else [None]
+        return contender, answers[0].float() if run_whole else None
     if name in baselines.PIPELINES:
         try:
-            call = baselines.pipeline(name, shape, x, routing, *weights, options.experts_per_rank)
+            calls = [baselines.pipeline(name, shape, *one, *weights, options.experts_per_rank) for one in inputs]
         except baselines.Skipped as reason:
             return None, str(reason)
-        return Contender(name, call, options.threads), ranks.collect(call().float())
+        return Contender(name, _in_turns(calls), options.threads), ranks.collect(calls[0]().float())
     try:
-        call = baselines.hugging_face(name.removeprefix("hf-"), shape, x, routing, *weights)
-        return Contender(name, call, options.threads), call().float()
+        calls = [baselines.hugging_face(name.removeprefix("hf-"), shape, *one, *weights) for one in inputs]
+        return Contender(name, _in_turns(calls), options.threads), calls[0]().float()
     except baselines.Skipped as reason:
         return None, str(reason)
     except Exception as error:  # another's code, which need not support every shape and dtype
@@ -202,6 +249,12 @@ def _load(options: RunOptions, routing: Routing) -> dict[str, Any]:
         "busiest_expert": float(experts.max() / experts.double().mean()),
         "busiest_rank": float(ranks.max() / ranks.double().mean()),
     }
+
+
+def _link(bytes_per_peer: list[dict[str, list[int]]], rate: float) -> dict[str, Any]:
+    """What the busiest rank sends, at the rate (bytes/s) at which all ranks copy memory at one time."""
+    sent = max(sum(map(sum, rank.values())) for rank in bytes_per_peer)
+    return {"bytes": sent, "gb_s": rate / 1e9, "seconds": sent / rate}
 
 
 def _floor(

@@ -1,0 +1,80 @@
+"""The command line of ``flashmoe bench``."""
+
+import argparse
+import os
+from pathlib import Path
+
+from . import baselines
+from .argument_types import baseline_names, count, positive, seconds
+from .bench_layer import PAPER_CAPACITY, bench, configurations, in_a_world
+from .cores import usable_cores
+from .models import SHAPES
+from .run_rank import DTYPES, RunOptions
+from .skew import SKEWS
+
+_PAPER = "flashmoe-paper"
+
+
+def add_commands(parser: argparse.ArgumentParser) -> None:
+    """What can be benched, one command each."""
+    commands = parser.add_subparsers(required=True, metavar="WHAT")
+    _add_layer(commands)
+
+
+def _add_layer(commands: argparse._SubParsersAction) -> None:
+    layer = commands.add_parser(
+        "layer", help="the layer, over shapes, tokens, ranks, dtypes and routing",
+        description="Measures every combination of the lists given: checked against a float64 reference, timed in "
+        "turns with what one would use instead, beside the time that the work would need of each resource alone. "
+        "Under torchrun the ranks are the launcher's.",
+    )  # fmt: skip
+    add = layer.add_argument
+    add("--models", nargs="+", default=["qwen3-30b-a3b"], choices=list(SHAPES), metavar="NAME",
+        help=f"of {', '.join(SHAPES)} (default: qwen3-30b-a3b)")
+    add("--scale", type=positive, default=1, metavar="N", help="divides both widths of every model (default: 1)")
+    add("--tokens", nargs="+", type=positive, default=[1, 512], metavar="T", help="per rank (default: 1 512)")
+    add("--ranks", nargs="+", type=positive, default=None, metavar="W",
+        help="processes on this host (default: 1 2; under torchrun its world's size)")
+    add("--dtypes", nargs="+", choices=list(DTYPES), default=["fp32", "bf16"], metavar="D",
+        help="fp32, bf16, fp16 (default: fp32 bf16)")
+    add("--skews", nargs="+", choices=SKEWS, default=["router"], metavar="S",
+        help=f"where tokens go: {', '.join(SKEWS)} (default: router)")
+    add("--capacity-factor", type=seconds, metavar="F",
+        help="drop what exceeds F times an expert's equal share (default: nothing is dropped)")
+    add("--paper", action="store_true",
+        help=f"like the FlashMoE paper's own comparison: {_PAPER}, uniform routing, capacity factor {PAPER_CAPACITY:g}")
+    add("--inputs", type=positive, default=2, metavar="N", help="that take turns, so that rows are cold (default: 2)")
+    add("--input", choices=["text", "random"], default="text", metavar="KIND", help="text or random (default: text)")
+    add("--iters", type=positive, default=10, metavar="N", help="rounds of timed calls (default: 10)")
+    add("--warmup", type=count, default=1, metavar="N", help="untimed calls before (default: 1)")
+    add("--seconds", type=seconds, default=8.0, metavar="S", help="about, for each configuration (default: 8)")
+    add("--seed", type=count, default=0, metavar="N", help="of weights, input and routing (default: 0)")
+    add("--baselines", type=baseline_names, default="all", metavar="LIST",
+        help=f"all, none, or some of: {', '.join(baselines.NAMES)} (default: all that fit the ranks)")
+    add("--out", type=Path, metavar="FOLDER", help="write a record of each there, for `flashmoe report`")
+    layer.set_defaults(command=_bench_layer, parser=layer)
+
+
+def _bench_layer(options: argparse.Namespace, arguments: list[str]) -> int:
+    ranks = options.ranks or [1, 2]
+    if in_a_world():
+        world = int(os.environ["WORLD_SIZE"])
+        if options.ranks not in (None, [world]):
+            options.parser.error(f"argument --ranks: the launcher has started {world} ranks, got {options.ranks}")
+        ranks = [world]
+    if options.paper:
+        options.models, options.skews = [_PAPER], ["uniform"]
+        options.capacity_factor = PAPER_CAPACITY
+    try:
+        shapes = [SHAPES[name].scaled(options.scale) for name in options.models]
+    except ValueError as error:
+        options.parser.error(f"argument --scale: {error}")
+    names = baselines.NAMES if options.baselines == "all" else options.baselines
+    base = RunOptions(
+        shape=shapes[0], tokens=1, ranks=1, dtype="fp32", input=options.input, iterations=options.iters,
+        warmup=options.warmup, seconds=options.seconds, seed=options.seed, remote_only=None, threads=1,
+        usable_threads=1, baselines=tuple(names), started=0.0, capacity_factor=options.capacity_factor,
+        inputs=options.inputs,
+    )  # fmt: skip
+    wanted = configurations(base, shapes, ranks, options.dtypes, options.tokens, options.skews, usable_cores())
+    return bench(list(wanted), options.out, ["flashmoe", *arguments])
