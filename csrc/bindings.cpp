@@ -87,6 +87,15 @@ py::dict stats(const Group& group) {
   return d;
 }
 
+// By worker the bytes of its TraceEvents, and how many events were lost.
+py::tuple trace(const Group& group) {
+  uint64_t lost;
+  py::list workers;
+  for (const std::vector<TraceEvent>& events : group.trace(lost))
+    workers.append(py::bytes(reinterpret_cast<const char*>(events.data()), events.size() * sizeof(TraceEvent)));
+  return py::make_tuple(workers, lost);
+}
+
 py::dict build_info() {
   py::dict features;
   py::dict d;
@@ -145,6 +154,8 @@ PYBIND11_MODULE(_C, m) {
            py::arg("timeout_s") = 60.0, py::arg("entry_timeout_s") = 600.0, py::arg("num_workers") = 1)
       .def("forward", forward_taking(&forward_args))
       .def("stats", &stats)
+      .def("set_trace", &Group::set_trace, py::arg("max_events"), py::call_guard<py::gil_scoped_release>())
+      .def("trace", &trace)
       .def_property_readonly("failed", &Group::failed)
       .def_property_readonly("name", [](const Group& g) { return g.options().name; })
       .def_property_readonly("ep_rank", [](const Group& g) { return g.options().ep_rank; })

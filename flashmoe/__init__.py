@@ -9,8 +9,9 @@ from .module import MoE
 from .ops import fused_moe
 from .reference import moe_reference
 from .routing_record import Routing
+from .timeline import trace
 
 __all__ = [
     "MoE", "PeerError", "Routing", "__version__", "build_info", "check", "distributed", "fused_moe",
-    "launch", "moe_reference", "routing",
+    "launch", "moe_reference", "routing", "trace",
 ]  # fmt: skip

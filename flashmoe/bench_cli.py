@@ -9,7 +9,7 @@ from .argument_types import baseline_names, count, positive, seconds
 from .bench_layer import PAPER_CAPACITY, bench, configurations, in_a_world
 from .cores import usable_cores
 from .models import SHAPES
-from .run_rank import DTYPES, RunOptions
+from .run_options import DTYPES, RunOptions
 from .skew import SKEWS
 
 _PAPER = "flashmoe-paper"

@@ -21,7 +21,8 @@ from .models import LayerShape
 from .records import Record
 from .report import milliseconds, percent, table
 from .run import arena_sizes, check_memory, failure_of, finish, new_record, write
-from .run_rank import RunOptions, run_rank
+from .run_options import RunOptions
+from .run_rank import run_rank
 
 _HEAD = tuple("layer,dtype,T,W,skew,p50,quartiles,GFLOP/s,compute,memory,link,against,faster by".split(","))
 # The paper's own comparison (arXiv 2506.04667, section 4): every expert takes its equal share of tokens and no more.

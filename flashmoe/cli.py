@@ -16,7 +16,7 @@ from .info import information, information_text
 from .models import SHAPES
 from .page import write_report
 from .run import run
-from .run_rank import DTYPES, RunOptions
+from .run_options import DTYPES, RunOptions
 from .settings import NUM_WORKERS_VARIABLE, REMOTE_ONLY_VARIABLE, num_workers_asked, settings_of_environment
 
 _DEFAULT_MODEL, _DEFAULT_SCALE = "qwen3-30b-a3b", 4  # a minute at most on two cores
@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--baselines", f"all, none, or some of: {', '.join(baselines.NAMES)}", "all", type=baseline_names,
            metavar="LIST")
     option("--json", "write everything there too", metavar="FILE")
+    option("--trace", "write the timeline of one call there, for ui.perfetto.dev, and as .png beside it", metavar="FILE")
     run.set_defaults(command=_run, parser=run)
 
     bench_cli.add_commands(commands.add_parser("bench", help="measure many configurations, or predict them"))
@@ -114,7 +115,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         shape=shape, tokens=options.tokens, ranks=options.ranks, dtype=options.dtype, input=options.input,
         iterations=options.iters, warmup=options.warmup, seconds=options.seconds, seed=options.seed,
         remote_only=options.remote_only, threads=threads,
-        usable_threads=max(cores, threads), baselines=_chosen(options), started=started,
+        usable_threads=max(cores, threads), baselines=_chosen(options), started=started, trace=options.trace,
     )  # fmt: skip
     return run(run_options, options.json, ["flashmoe", *arguments])
 

@@ -59,7 +59,9 @@ RUN_SCHEMA: dict[str, Any] = _object({
                       "weight_bytes_touched": _COUNT, "share_of_speed": _NUMBER,
                       "share_of_speed_quartiles": _QUARTILES}),
     "elapsed_seconds": _NUMBER,
-}, latency_with_router=_LATENCY, link=_object({"bytes": _COUNT, "gb_s": _NUMBER, "seconds": _NUMBER}))  # fmt: skip
+}, latency_with_router=_LATENCY, link=_object({"bytes": _COUNT, "gb_s": _NUMBER, "seconds": _NUMBER}),
+   timeline=_object({"seconds": _NUMBER, "workers": _COUNT, "utilization": _NUMBER, "tiles": _NUMBER,
+                     "exposed": _NUMBER, "tail": _NUMBER, "lost_events": _COUNT}))  # fmt: skip
 
 
 @dataclass(frozen=True)

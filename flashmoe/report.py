@@ -78,6 +78,8 @@ def body(record: dict[str, Any]) -> str:
                   + ("; above 100%: the weights were still in a cache" if cached else "")),
     ]  # fmt: skip
     parts = ["\n".join(f"{name:<10}{text}" for name, text in lines)]
+    if "timeline" in record:
+        parts.append(timeline(record["timeline"]))
     if record["run"]["ranks"] > 1:
         parts.append(traffic(record["bytes_per_peer"]))
     if record["baselines"]:
@@ -102,6 +104,15 @@ def traffic(bytes_per_peer: list[dict[str, list[int]]]) -> str:
             if source != peer:
                 rows.append([f"rank {source} to rank {peer}", *map(size, counts), size(sum(counts))])
     return table(rows)
+
+
+def timeline(one: dict[str, Any]) -> str:
+    lost = f"; {one['lost_events']} events lost" if one["lost_events"] else ""
+    return (
+        f"timeline  {milliseconds(one['seconds'])} of {one['workers']} workers: {percent(one['utilization'])} busy "
+        f"({percent(one['tiles'])} in tiles), {percent(one['exposed'])} waiting in between, {percent(one['tail'])} at "
+        f"the end{lost}"
+    )
 
 
 def comparison(baselines: list[dict[str, Any]]) -> str:

@@ -14,7 +14,8 @@ from ._C import available_memory
 from .info import machine, versions
 from .launch import launch
 from .models import LayerShape
-from .run_rank import DTYPES, RunOptions, run_rank
+from .run_options import DTYPES, RunOptions
+from .run_rank import run_rank
 from .settings import Settings
 
 _PROCESS_BYTES = 400 << 20  # Python, torch, transformers and the buffers of the measurement itself

@@ -2,10 +2,8 @@
 
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,58 +11,13 @@ import torch.distributed as dist
 
 from . import baselines
 from .accuracy import Check, checked_tokens
-from .activations import random_activations, text_activations
 from .contention import ProcessorTime
 from .measure import Contender, Ranks, copying, gemm, quantile, reading, speedup, spread, take_turns
-from .models import LayerShape
 from .module import MoE
 from .routing import Routing, make_router
-from .skew import skewed, with_capacity
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """What a run was asked for, as each rank gets it; ``started`` is a time.time().
-
-    ``skew`` and ``capacity_factor`` are of skew.py; with ``inputs`` above 1 as many inputs take turns, so that a call
-    does not find its rows in a cache.
-    """
-
-    shape: LayerShape
-    tokens: int
-    ranks: int
-    dtype: str
-    input: str
-    iterations: int
-    warmup: int
-    seconds: float
-    seed: int
-    remote_only: int | None
-    threads: int
-    usable_threads: int
-    baselines: tuple[str, ...]
-    started: float
-    skew: str = "router"
-    capacity_factor: float | None = None
-    inputs: int = 1
-
-    @property
-    def routes(self) -> bool:
-        """Whether the layer's own router decides, so that a call with it is the same work."""
-        return self.skew == "router" and self.capacity_factor is None
-
-    @property
-    def all_threads(self) -> int:
-        """What all ranks have together, as far as there are cores for them."""
-        return min(self.threads * self.ranks, self.usable_threads)
-
-    @property
-    def experts_per_rank(self) -> list[int]:
-        """Neighbouring experts, as evenly as they go."""
-        bounds = [rank * self.shape.num_experts // self.ranks for rank in range(self.ranks + 1)]
-        return [high - low for low, high in zip(bounds, bounds[1:], strict=False)]
+from .run_inputs import collect, draw, in_turns
+from .run_options import DTYPES, RunOptions
+from .timeline import Trace, trace
 
 
 def say(options: RunOptions, text: str) -> None:
@@ -83,7 +36,7 @@ def run_rank(options: RunOptions) -> dict[str, Any] | None:
     report(f"weights: {shape.num_experts} experts of {shape.expert_elements / 1e6:.2f} M elements")
     layer, whole = _build(options, ranks)
     report(f"activations: {options.tokens} tokens a rank, {options.input}")
-    inputs = [_draw(options, ranks, layer, number) for number in range(options.inputs)]
+    inputs = [draw(options, ranks, layer, number) for number in range(options.inputs)]
     x, routing = inputs[0]
     y = layer(x, routing)
     stats = ranks.collect_objects(layer.stats)
@@ -91,11 +44,11 @@ def run_rank(options: RunOptions) -> dict[str, Any] | None:
 
     result: dict[str, Any] = {}
     check, run_whole = None, None
-    everything = [_collect(ranks, *one) for one in inputs]
+    everything = [collect(ranks, *one) for one in inputs]
     all_y = ranks.collect(y.float())
     if ranks.rank == 0:
         all_x, all_routing = everything[0]
-        run_whole = _in_turns([partial(whole, *one) for one in everything])
+        run_whole = in_turns([partial(whole, *one) for one in everything])
         report(f"reference: {checked_tokens(shape, len(all_x))} of {len(all_x)} tokens in float64")
         torch.set_num_threads(options.all_threads)
         check = Check(shape, whole, all_x, all_routing, options.tokens)
@@ -106,9 +59,9 @@ def run_rank(options: RunOptions) -> dict[str, Any] | None:
             "rows_computed": [sum(rank["tokens_per_expert"]) for rank in stats],
         }
 
-    contenders = [Contender("flashmoe", _in_turns([partial(layer, *one) for one in inputs]), options.threads)]
+    contenders = [Contender("flashmoe", in_turns([partial(layer, *one) for one in inputs]), options.threads)]
     if options.routes:
-        contenders.append(Contender("with router", _in_turns([partial(layer, x) for x, _ in inputs]), options.threads))
+        contenders.append(Contender("with router", in_turns([partial(layer, x) for x, _ in inputs]), options.threads))
     pure, amounts = zip(gemm(options.all_threads), reading(options.all_threads), strict=True)
     for contender in pure:  # one rank measures what the machine does with the threads of all
         contender.call = contender.call if ranks.rank == 0 else None
@@ -129,6 +82,7 @@ def run_rank(options: RunOptions) -> dict[str, Any] | None:
     report("timing: " + ", ".join(contender.name for contender in contenders))
     processors = ProcessorTime()
     take_turns(contenders, ranks, options.iterations, options.warmup, options.seconds, report)
+    timeline = _trace(options, ranks, contenders[0]) if options.trace else None
     processor_seconds = ranks.collect_objects(processors.mine())
     cores = processors.shares(sum(processor_seconds)) if ranks.rank == 0 else None
     if ranks.rank:
@@ -150,6 +104,10 @@ def run_rank(options: RunOptions) -> dict[str, Any] | None:
         "baselines": results,
         "flops": flops,
     }
+    if timeline is not None:
+        result["timeline"] = timeline.summary()
+        timeline.save(options.trace)
+        timeline.draw(Path(options.trace).with_suffix(".png"))
     if options.routes:
         result["latency_with_router"] = _speed(contenders[1], flops)
     if options.ranks > 1:
@@ -158,30 +116,15 @@ def run_rank(options: RunOptions) -> dict[str, Any] | None:
     return result | _floor(contenders[0], *pure, flops / amounts[0], touched, touched / amounts[1])
 
 
-def _draw(options: RunOptions, ranks: Ranks, layer: MoE, number: int) -> tuple[torch.Tensor, Routing]:
-    """This rank's tokens of one of the inputs, and where they go."""
-    activations = text_activations if options.input == "text" else random_activations
-    stretch = ranks.rank + number * ranks.size
-    x = activations(options.tokens, options.shape.hidden_size, rank=stretch, seed=options.seed)
-    x = x.to(DTYPES[options.dtype])
-    routing = skewed(layer.router(x), options.skew, options.seed + stretch)
-    if options.capacity_factor is not None:
-        routing = with_capacity(routing, options.capacity_factor)
-    return x, routing
-
-
-def _collect(ranks: Ranks, x: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, Routing] | None:
-    """The tokens of all ranks on rank 0. They travel in float32, which holds every dtype."""
-    parts = [ranks.collect(part) for part in (x.float(), routing.topk_ids, routing.topk_weights)]
-    return (parts[0].to(x.dtype), Routing(*parts[1:], routing.num_experts)) if ranks.rank == 0 else None
-
-
-def _in_turns(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
-    """Each call makes the next of them."""
-    if len(calls) == 1:
-        return calls[0]
-    turns = cycle(calls)
-    return lambda: next(turns)()
+def _trace(options: RunOptions, ranks: Ranks, ours: Contender) -> Trace | None:
+    """The timeline of one call of all ranks, on rank 0."""
+    torch.set_num_threads(ours.threads)
+    with trace(dist.group.WORLD if ranks.size > 1 else None) as traced:
+        for _ in range(2):  # the last one is kept, and found warm
+            ranks.barrier()
+            ours.call()
+    parts = ranks.collect_objects(traced)
+    return traced.gathered(parts) if parts is not None else None
 
 
 def _build(options: RunOptions, ranks: Ranks) -> tuple[MoE, MoE | None]:
@@ -224,10 +167,10 @@ def _enter_baseline(
             calls = [baselines.pipeline(name, shape, *one, *weights, options.experts_per_rank) for one in inputs]
         except baselines.Skipped as reason:
             return None, str(reason)
-        return Contender(name, _in_turns(calls), options.threads), ranks.collect(calls[0]().float())
+        return Contender(name, in_turns(calls), options.threads), ranks.collect(calls[0]().float())
     try:
         calls = [baselines.hugging_face(name.removeprefix("hf-"), shape, *one, *weights) for one in inputs]
-        return Contender(name, _in_turns(calls), options.threads), calls[0]().float()
+        return Contender(name, in_turns(calls), options.threads), calls[0]().float()
     except baselines.Skipped as reason:
         return None, str(reason)
     except Exception as error:  # another's code, which need not support every shape and dtype

@@ -141,7 +141,7 @@ def test_result_that_is_not_finite_fails(capsys, monkeypatch, tmp_path):
         x[3, 0] = torch.nan
         return x
 
-    monkeypatch.setattr("flashmoe.run_rank.text_activations", with_a_nan)
+    monkeypatch.setattr("flashmoe.run_inputs.text_activations", with_a_nan)
     file = tmp_path / "run.json"
     code, output = run_cli(capsys, "--scale", "32", "--ranks", "1", "--baselines", "none", "--json", str(file))
     assert code == 1 and last_line(output) == "FAILED the result is not finite"

@@ -15,6 +15,7 @@
 
 #include "protocol/agent.h"
 #include "protocol/crew.h"
+#include "protocol/trace.h"
 
 namespace flashmoe {
 
@@ -22,8 +23,9 @@ template <Platform P, TileEngine E>
 class MoeKernel {
  public:
   MoeKernel(const Context<P>& context, const E& engine, const typename E::Problem& problem, const Deadlines& deadlines,
-            void* scratch)
-      : agent_(context, tile_shape<E>(context.call, problem), deadlines), crew_(context, engine, problem, scratch) {}
+            void* scratch, TraceBuffer* trace = nullptr)
+      : agent_(context, tile_shape<E>(context.call, problem), deadlines), crew_(context, engine, problem, scratch),
+        tracer_(context, trace) {}
 
   // One worker's part of the call.
   void run() {
@@ -31,8 +33,9 @@ class MoeKernel {
     uint32_t idle_rounds = 0;
     while (!agent_.failed()) {
       bool progress = perform_next(agent_.dispatcher);
-      progress |= agent_.subscriber.step(me);
-      progress |= agent_.scheduler.step(me);
+      if (agent_.subscriber.step(me)) tracer_.arrived(), progress = true;
+      const uint64_t since = tracer_.now();
+      if (agent_.scheduler.step(me)) tracer_.published(since), progress = true;
       progress |= perform_next(agent_.processor);
       if (progress) {
         idle_rounds = 0;
@@ -51,12 +54,15 @@ class MoeKernel {
   bool perform_next(Role& role) {
     Work work;
     if (!role.next(Alone{}, work)) return false;
+    tracer_.begins(work);
     crew_.perform(work);
+    tracer_.ends();
     return true;
   }
 
   Agent<P> agent_;
   CrewOfOne<P, E> crew_;
+  Tracer<P> tracer_;
 };
 
 }  // namespace flashmoe

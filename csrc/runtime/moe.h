@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "protocol/heap_layout.h"
+#include "protocol/trace.h"
 
 namespace flashmoe {
 
@@ -64,6 +65,11 @@ class Group {
 
   // Blocks until y is complete. std::invalid_argument: nothing was sent. PeerError: the group has failed.
   void forward(const ForwardArgs& args);
+
+  // From the next call on the timeline of each is kept until the following one: at most so many events of a worker.
+  void set_trace(uint32_t max_events);
+  // Of the last call, by worker; count may exceed what was kept. Not while a call runs.
+  std::vector<std::vector<TraceEvent>> trace(uint64_t& lost) const;
 
   GroupStats stats() const;
   std::optional<std::string> failed() const;

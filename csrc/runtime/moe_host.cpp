@@ -103,6 +103,21 @@ class Group::Impl {
     std::lock_guard lock(outcome_mutex_);
     return failure_;
   }
+  void set_trace(uint32_t max_events) {
+    std::lock_guard lock(mutex_);
+    max_events_ = max_events;
+  }
+  std::vector<std::vector<TraceEvent>> trace(uint64_t& lost) {
+    std::lock_guard lock(mutex_);
+    lost = 0;
+    std::vector<std::vector<TraceEvent>> workers;
+    for (const TraceBuffer& t : traced_) {
+      const uint32_t kept = std::min(t.count, t.capacity);
+      workers.emplace_back(t.events, t.events + kept);
+      lost += t.count - kept;
+    }
+    return workers;
+  }
   const GroupOptions& options() const { return options_; }
   int num_workers() const { return num_workers_; }
   void set_num_workers(int n) { num_workers_ = std::max(1, n); }
@@ -174,8 +189,14 @@ class Group::Impl {
     const Deadlines deadlines{nanoseconds(options_.timeout_s), nanoseconds(options_.entry_timeout_s)};
     const Context<HostPlatform> context{call, layout_, ws, *platform_};
     workers_.reserve(workers);
+    traced_.clear();
+    if (max_events_) {
+      TraceEvent* events = reinterpret_cast<TraceEvent*>(events_.at_least(sizeof(TraceEvent) * max_events_ * workers));
+      for (int w = 0; w < workers; ++w) traced_.push_back({events + size_t(w) * max_events_, max_events_, 0});
+    }
     const std::function<void(int)> part = [&](int worker) {
-      HostKernel(context, engine_, problem, deadlines, scratch + worker * scratch_bytes).run();
+      HostKernel(context, engine_, problem, deadlines, scratch + worker * scratch_bytes,
+                 traced_.empty() ? nullptr : &traced_[worker]).run();
     };
     epoch_ = call.epoch;  // from here on nothing throws before the ranks have met in this epoch
     workers_.run(workers, part);
@@ -218,8 +239,10 @@ class Group::Impl {
   mutable std::mutex outcome_mutex_;
   std::optional<std::string> failure_;
   GroupStats stats_;
+  uint32_t max_events_ = 0;
+  std::vector<TraceBuffer> traced_;  // by worker, of the last call
   std::vector<int32_t> ids_, position_, rank_begin_;
-  Buffer heap_, workspace_, scratch_;
+  Buffer heap_, workspace_, scratch_, events_;
   std::optional<HostPlatform> platform_;  // after the buffers: what is under way in it reads them
   WorkerPool workers_;
 };
@@ -231,6 +254,8 @@ Group::~Group() {
   impl_.release();
 }
 void Group::forward(const ForwardArgs& args) { impl_->forward(args); }
+void Group::set_trace(uint32_t max_events) { impl_->set_trace(max_events); }
+std::vector<std::vector<TraceEvent>> Group::trace(uint64_t& lost) const { return impl_->trace(lost); }
 GroupStats Group::stats() const { return impl_->stats(); }
 std::optional<std::string> Group::failed() const { return impl_->failed(); }
 const GroupOptions& Group::options() const { return impl_->options(); }

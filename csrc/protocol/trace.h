@@ -1,0 +1,81 @@
+// What a worker did, and when: a timeline of one call, kept only if somebody asked for it.
+#pragma once
+
+#include "protocol/work.h"
+#include "protocol/workspace.h"
+
+namespace flashmoe {
+
+enum class TraceKind : uint32_t {
+  kPlan = uint32_t(WorkKind::kPlan),
+  kSendChunk = uint32_t(WorkKind::kSendChunk),  // chunk `part` to rank `index`
+  kUpTile = uint32_t(WorkKind::kUpTile),        // tile `part` of the row block `sequence`
+  kDownTile = uint32_t(WorkKind::kDownTile),
+  kCombine = uint32_t(WorkKind::kCombine),
+  kArrived = 16,    // a moment: `part` chunks of rank `index` are here
+  kPublished = 17,  // in this step row blocks below `sequence` became runnable
+};
+
+struct TraceEvent {
+  uint64_t begin_ns, end_ns;  // of the platform's clock
+  uint32_t kind;
+  int32_t index, part;
+  int32_t expert;     // local, of a tile; else -1
+  uint32_t rows;      // of its row block
+  uint32_t sequence;
+};
+
+// Where a worker's events go. What does not fit is counted alone.
+struct TraceBuffer {
+  TraceEvent* events;
+  uint32_t capacity, count;
+};
+
+// One worker's notes; without a buffer it notes nothing and costs a look at a pointer.
+template <class P>
+class Tracer {
+ public:
+  FLASHMOE_ROLE Tracer(const Context<P>& context, TraceBuffer* buffer) : c_(context), buffer_(buffer) {}
+
+  FLASHMOE_ROLE void begins(const Work& work) {
+    if (!buffer_) return;
+    const bool tile = work.kind == WorkKind::kUpTile || work.kind == WorkKind::kDownTile;
+    // Once the last tile is done, its row block may be another's.
+    const RowBlock* block = tile ? &c_.ws.ring[work.index] : nullptr;
+    current_ = {P::now_ns(), 0, uint32_t(work.kind), work.index, work.part, block ? block->local_expert : -1,
+                block ? block->num_rows : 0, block ? block->sequence : 0};
+  }
+  FLASHMOE_ROLE void ends() {
+    if (!buffer_) return;
+    current_.end_ns = P::now_ns();
+    add(current_);
+  }
+
+  // After the subscriber has moved on. What another worker has seen before may be noted again, later.
+  FLASHMOE_ROLE void arrived() {
+    if (!buffer_) return;
+    const uint64_t now = P::now_ns();
+    for (int i = 1; i < c_.call.ep_size; ++i)
+      if (const uint32_t chunks = P::load_acquire(&c_.ws.chunks_ready[i]))
+        add({now, now, uint32_t(TraceKind::kArrived), c_.call.canonical_source(i), int32_t(chunks), -1, 0, 0});
+  }
+  // After a step in which the scheduler has moved on; others may have taken a block before the step's end.
+  FLASHMOE_ROLE uint64_t now() const { return buffer_ ? P::now_ns() : 0; }
+  FLASHMOE_ROLE void published(uint64_t since) {
+    if (!buffer_) return;
+    const uint32_t sequence = P::load_acquire(&c_.ws.counters->up.published);
+    add({since, P::now_ns(), uint32_t(TraceKind::kPublished), 0, 0, -1, 0, sequence});
+  }
+
+ private:
+  FLASHMOE_ROLE void add(const TraceEvent& event) {
+    if (buffer_->count < buffer_->capacity) buffer_->events[buffer_->count] = event;
+    ++buffer_->count;
+  }
+
+  Context<P> c_;
+  TraceBuffer* buffer_;
+  TraceEvent current_{};
+};
+
+}  // namespace flashmoe

@@ -1,0 +1,40 @@
+"""The tokens of a run and where they go, on each rank and gathered; and several inputs that take turns."""
+
+from collections.abc import Callable
+from itertools import cycle
+from typing import Any
+
+import torch
+
+from .activations import random_activations, text_activations
+from .measure import Ranks
+from .module import MoE
+from .routing import Routing
+from .run_options import DTYPES, RunOptions
+from .skew import skewed, with_capacity
+
+
+def draw(options: RunOptions, ranks: Ranks, layer: MoE, number: int) -> tuple[torch.Tensor, Routing]:
+    """This rank's tokens of one of the inputs, and where they go."""
+    activations = text_activations if options.input == "text" else random_activations
+    stretch = ranks.rank + number * ranks.size
+    x = activations(options.tokens, options.shape.hidden_size, rank=stretch, seed=options.seed)
+    x = x.to(DTYPES[options.dtype])
+    routing = skewed(layer.router(x), options.skew, options.seed + stretch)
+    if options.capacity_factor is not None:
+        routing = with_capacity(routing, options.capacity_factor)
+    return x, routing
+
+
+def collect(ranks: Ranks, x: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, Routing] | None:
+    """The tokens of all ranks on rank 0. They travel in float32, which holds every dtype."""
+    parts = [ranks.collect(part) for part in (x.float(), routing.topk_ids, routing.topk_weights)]
+    return (parts[0].to(x.dtype), Routing(*parts[1:], routing.num_experts)) if ranks.rank == 0 else None
+
+
+def in_turns(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
+    """Each call makes the next of them."""
+    if len(calls) == 1:
+        return calls[0]
+    turns = cycle(calls)
+    return lambda: next(turns)()

@@ -1,0 +1,153 @@
+"""The timeline of a call: every piece of work once, in an order that the protocol allows, and where engineers look."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+import flashmoe
+from flashmoe import cli
+from flashmoe.records import read_records
+from flashmoe.timeline import ARRIVED, COMBINE, DOWN, EVENT, PLAN, PUBLISHED, SEND, UP, RankTrace, Trace
+
+BLOCK_ROWS = flashmoe.build_info()["block_rows"]
+
+
+def layer_and_input(tokens: int = 200) -> tuple[flashmoe.MoE, torch.Tensor]:
+    torch.manual_seed(3)
+    return flashmoe.MoE(128, 192, 6, 2), torch.randn(tokens, 128)
+
+
+def of_kind(events: np.ndarray, *kinds: int) -> np.ndarray:
+    return events[np.isin(events["kind"], kinds)]
+
+
+def check_call(trace: Trace, rank: int, rows_of_expert: list[int]) -> None:
+    """What one rank did is the work of that many rows, and no piece began before what it needs was done."""
+    events = np.sort(np.concatenate(trace.ranks[rank].workers), order="begin")
+    assert len(of_kind(events, PLAN)) == 1
+    blocks = {int(event["sequence"]): event for event in of_kind(events, UP)}
+    rows = [0] * len(rows_of_expert)
+    for event in blocks.values():
+        rows[event["expert"]] += event["rows"]
+        assert 0 < event["rows"] <= BLOCK_ROWS
+    assert rows == rows_of_expert
+    for sequence in blocks:
+        up, down = (of_kind(events, kind)[of_kind(events, kind)["sequence"] == sequence] for kind in (UP, DOWN))
+        assert sorted(up["part"]) == list(range(len(up))) and sorted(down["part"]) == list(range(len(down)))
+        assert down["begin"].min() >= up["end"].max()
+        published = of_kind(events, PUBLISHED)
+        assert published[published["sequence"] > sequence]["begin"].min() <= up["begin"].min()
+
+
+def test_every_tile_of_a_call_is_there_once_and_in_order():
+    layer, x = layer_and_input()
+    routing = layer.router(x)
+    with torch.no_grad(), flashmoe.trace() as trace:
+        y = layer(x, routing)
+        assert torch.equal(y, layer(x, routing))  # the last call is kept
+    assert [rank.rank for rank in trace.ranks] == [0]
+    check_call(trace, 0, routing.tokens_per_expert().tolist())
+    combined = of_kind(np.concatenate(trace.ranks[0].workers), COMBINE)
+    assert sorted(combined["index"]) == list(range(-(-200 // 16)))
+    summary = trace.summary()
+    assert 0 < summary["tiles"] <= summary["utilization"] <= 1 and summary["lost_events"] == 0
+    assert summary["utilization"] + summary["exposed"] + summary["tail"] == pytest.approx(1)
+
+
+def test_ranks_of_a_group_are_traced_alike():
+    from flashmoe import _C
+
+    team = _C.local_team(_C.Limits(2, 64, 4 * 128, 2, 6), num_workers=1)
+    torch.manual_seed(5)
+    layers = [flashmoe.MoE(128, 192, 6, 2, group=group) for group in team]
+    for layer in layers[1:]:
+        layer.router.load_state_dict(layers[0].router.state_dict())
+    inputs = [torch.randn(60, 128), torch.randn(33, 128)]
+    routings = [layers[0].router(x) for x in inputs]
+
+    def call(rank: int) -> Trace:
+        with torch.no_grad(), flashmoe.trace(team[rank]) as trace:
+            layers[rank](inputs[rank], routings[rank])
+        return trace
+
+    with ThreadPoolExecutor(2) as pool:
+        parts = list(pool.map(call, range(2)))
+    trace = parts[1].gathered(parts)
+    assert [rank.rank for rank in trace.ranks] == [0, 1]
+    rows = sum(routing.tokens_per_expert() for routing in routings).tolist()
+    for rank in range(2):
+        check_call(trace, rank, rows[3 * rank : 3 * rank + 3])
+        arrived = of_kind(np.concatenate(trace.ranks[rank].workers), ARRIVED)
+        assert set(arrived["index"]) == {1 - rank}
+
+
+def test_nothing_is_kept_outside_of_the_block():
+    layer, x = layer_and_input()
+    with torch.no_grad():
+        with flashmoe.trace() as trace:
+            layer(x)
+        before = [events.copy() for events in trace.ranks[0].workers]
+        layer(x)
+        with flashmoe.trace() as empty:
+            pass
+    assert all(np.array_equal(*pair) for pair in zip(before, trace.ranks[0].workers, strict=True))
+    with pytest.raises(ValueError, match="the trace holds no work"):
+        empty.summary()
+
+
+def test_events_without_room_are_counted():
+    layer, x = layer_and_input()
+    with torch.no_grad(), flashmoe.trace() as whole:
+        layer(x)
+    with torch.no_grad(), flashmoe.trace(max_events=3) as trace:
+        layer(x)
+    kept = sum(len(events) for events in trace.ranks[0].workers)
+    assert kept <= 3 * len(trace.ranks[0].workers) and trace.summary()["lost_events"] > 0
+    assert kept < sum(len(events) for events in whole.ranks[0].workers)
+    with pytest.raises(ValueError, match="max_events must be an integer of at least 1, got 0"), flashmoe.trace(max_events=0):
+        pass
+
+
+def test_numbers_of_a_made_up_call():
+    def events(*rows: tuple[int, int, int]) -> np.ndarray:
+        made = np.zeros(len(rows), EVENT)
+        for event, (kind, begin, end) in zip(made, rows, strict=True):
+            event["kind"], event["begin"], event["end"] = kind, begin, end
+        return made
+
+    trace = Trace([
+        RankTrace(1, [events((SEND, 100, 110), (ARRIVED, 120, 120), (UP, 130, 160), (DOWN, 160, 200))], 2),
+        RankTrace(0, [events((PLAN, 100, 140))], 0),
+    ])  # fmt: skip
+    assert trace.summary() == {
+        "seconds": 1e-7, "workers": 2, "utilization": 0.6, "tiles": 0.35, "exposed": 0.1, "tail": 0.3,
+        "rows_sent_seconds": 1e-8, "lost_events": 2,
+    }  # fmt: skip
+
+
+def test_run_of_two_ranks_writes_what_perfetto_reads(tmp_path, capsys):
+    file = tmp_path / "call.json"
+    code = cli.main([
+        "run", "--model", "mixtral-8x7b", "--scale", "64", "--ranks", "2", "--tokens", "100", "--iters", "2",
+        "--seconds", "1", "--baselines", "none", "--trace", str(file), "--json", str(tmp_path / "run.json"),
+    ])  # fmt: skip
+    output = capsys.readouterr().out
+    assert code == 0 and "of 2 workers" in output, output
+    (record,) = read_records(tmp_path)
+    assert record.data["timeline"]["workers"] == 2 and record.data["timeline"]["lost_events"] == 0
+    entries = json.loads(file.read_text())["traceEvents"]
+    lanes = {(one["pid"], one["tid"]) for one in entries if one["ph"] == "M" and one["name"] == "thread_name"}
+    slices = [one for one in entries if one["ph"] == "X"]
+    assert lanes == {(0, 0), (1, 0)} == {(one["pid"], one["tid"]) for one in slices}
+    assert all(one["dur"] >= 0 and one["ts"] >= 0 for one in slices)
+    for lane in lanes:  # a worker does one thing at a time
+        mine = sorted((one["ts"], one["dur"]) for one in slices if (one["pid"], one["tid"]) == lane)
+        assert all(ts + dur <= after + 1e-3 for (ts, dur), (after, _) in zip(mine, mine[1:], strict=False))
+    arrows = {phase: [one for one in entries if one["ph"] == phase] for phase in "sf"}
+    assert len(arrows["s"]) == len(arrows["f"]) >= 2
+    for start, finish in zip(arrows["s"], arrows["f"], strict=True):
+        assert start["id"] == finish["id"] and start["pid"] != finish["pid"] and start["ts"] <= finish["ts"]
+    assert (tmp_path / "call.png").read_bytes().startswith(b"\x89PNG")
