@@ -2,7 +2,11 @@
 
 file(GLOB core_sources CONFIGURE_DEPENDS csrc/runtime/*.cpp csrc/platform/*.cpp csrc/engine/*.cpp)
 list(FILTER core_sources EXCLUDE REGEX "/cpu_kernels\\.cpp$")
+if(NOT FLASHMOE_WITH_UCX)
+  list(FILTER core_sources EXCLUDE REGEX "/ucx_[a-z_]*\\.cpp$")
+endif()
 add_library(flashmoe_core OBJECT ${core_sources})
+flashmoe_use_ucx(flashmoe_core)
 
 # cpu_kernels.cpp is compiled once per instruction set, as its first lines say.
 function(flashmoe_add_kernels isa lanes)
@@ -27,6 +31,7 @@ function(flashmoe_link_core target)
   target_sources(${target} PRIVATE $<TARGET_OBJECTS:flashmoe_core>)
   # The kernels come last and in this order. Where two objects hold the same inline function the linker keeps the
   # first, and code for a newer instruction set must never stand in for code that every machine runs.
-  target_link_libraries(${target} PRIVATE ${kernels} Threads::Threads)
+  target_link_libraries(${target} PRIVATE ${kernels} Threads::Threads ${CMAKE_DL_LIBS})
+  flashmoe_use_ucx(${target})
   target_compile_definitions(${target} PRIVATE FLASHMOE_VERSION="${FLASHMOE_VERSION}")
 endfunction()

@@ -1,7 +1,7 @@
 // The host platform: a worker is a thread, a peer is another thread's or another process's heap.
 //
-// Peers are either mapped (written through their addresses) or, in remote-only mode, reached by the put_signal
-// of a HostNetwork alone: the rehearsal of RDMA.
+// Peers are either mapped, and written through their addresses, or reached by the puts of a HostNetwork alone: ranks
+// of another host, and in the rehearsal of RDMA all of them.
 #pragma once
 
 #include <sched.h>
@@ -11,6 +11,7 @@
 #include <atomic>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "platform/host_network.h"
@@ -21,9 +22,10 @@ namespace flashmoe {
 
 class HostPlatform {
  public:
-  // heaps[pe] is where pe's symmetric heap is mapped here; pids[pe] is 0 where the peer is a thread.
+  // heaps[pe] is where pe's symmetric heap is mapped here, null where only the network leads there; pids[pe] is 0
+  // where the peer is a thread or on another host.
   HostPlatform(int ep_rank, std::vector<std::byte*> heaps, const std::vector<int>& pids,
-               std::unique_ptr<HostNetwork> network)
+               std::shared_ptr<HostNetwork> network)
       : ep_rank_(ep_rank), heaps_(std::move(heaps)), network_(std::move(network)), sent_(heaps_.size()) {
     for (size_t pe = 0; pe < heaps_.size(); ++pe) peers_.emplace_back(int(pe) == ep_rank ? 0 : pids[pe]);
   }
@@ -52,11 +54,10 @@ class HostPlatform {
   void commit(int pe, size_t offset, const std::byte* source, size_t bytes, size_t signal, uint64_t word, Traffic kind) {
     count(pe, kind, bytes);
     count(pe, Traffic::kSignal, sizeof word);
-    uint64_t* flag = reinterpret_cast<uint64_t*>(heaps_[pe] + signal);
-    if (mapped(pe))
-      store_release(flag, word);  // pairs with the acquire of the reader's test_signal
+    if (mapped(pe))  // pairs with the acquire of the reader's test_signal
+      store_release(reinterpret_cast<uint64_t*>(heaps_[pe] + signal), word);
     else
-      network_->put({heaps_[pe] + offset, source, bytes, flag, word});
+      network_->put({pe, offset, source, bytes, signal, word});
   }
 
   uint64_t test_signal(size_t offset) const { return load_acquire(reinterpret_cast<const uint64_t*>(heap() + offset)); }
@@ -65,7 +66,9 @@ class HostPlatform {
     network_ ? network_->release_when_landed(word, value) : store_release(word, value);
   }
   bool staged() const { return network_ != nullptr; }
-  bool peer_alive(int pe) { return peers_[pe].alive(); }
+  bool peer_alive(int pe) { return mapped(pe) ? peers_[pe].alive() : network_->alive(pe) && peers_[pe].alive(); }
+  // A peer that a commit is still under way to, if not quiet.
+  std::optional<int> awaited() { return network_ ? network_->awaited() : std::nullopt; }
 
   static uint64_t now_ns() {
     timespec t;
@@ -95,14 +98,14 @@ class HostPlatform {
   }
 
  private:
-  bool mapped(int pe) const { return pe == ep_rank_ || !network_; }
+  bool mapped(int pe) const { return heaps_[pe] != nullptr; }
   void count(int pe, Traffic kind, size_t bytes) {
     if (pe != ep_rank_) sent_[pe][int(kind)].fetch_add(bytes, std::memory_order_relaxed);
   }
 
   int ep_rank_;
   std::vector<std::byte*> heaps_;
-  std::unique_ptr<HostNetwork> network_;
+  std::shared_ptr<HostNetwork> network_;
   std::vector<PeerProcess> peers_;
   std::vector<std::array<std::atomic<uint64_t>, kTrafficKinds>> sent_;
 };

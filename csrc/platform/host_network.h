@@ -1,60 +1,36 @@
-// A network between heaps of one machine, as unkind as put_signal allows: puts are delayed and reordered by a
-// seed, the payload is read from its source only when it travels, and it lands some time before its signal.
-// What it keeps is what put_signal promises: payload before its own signal, nothing between two puts.
+// How the host platform reaches peers whose memory is not mapped here: by puts with a signal, and by nothing else.
+//
+// A network keeps what put_signal promises: the payload is there before its own signal is, and nothing holds between
+// two puts. Calls come from several threads.
 #pragma once
 
-#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
-#include <mutex>
-#include <random>
-#include <thread>
-#include <vector>
+#include <optional>
 
 namespace flashmoe {
 
 class HostNetwork {
  public:
   struct Put {
-    std::byte* to;
-    const std::byte* from;
+    int pe;
+    size_t offset;  // in pe's heap
+    const std::byte* from;  // must lie still until the put has landed
     size_t bytes;
-    uint64_t* signal;
+    size_t signal;  // in pe's heap
     uint64_t word;
   };
 
-  explicit HostNetwork(uint64_t seed);
-  ~HostNetwork();  // everything lands first
-
-  void put(const Put& put);
-  bool quiet();
+  virtual ~HostNetwork() = default;
+  virtual void put(const Put& put) = 0;
+  // All puts made so far have landed. Nothing is under way to a peer that is lost: its puts count as landed.
+  virtual bool quiet() = 0;
   // *word = value, once all puts made so far have landed.
-  void release_when_landed(uint32_t* word, uint32_t value);
-
- private:
-  struct InFlight {
-    Put put;
-    uint64_t number;
-    bool payload_landed;
-  };
-  struct Release {
-    uint32_t* word;
-    uint32_t value;
-    uint64_t puts_before;
-  };
-
-  void deliver();
-  void move_one(std::unique_lock<std::mutex>& lock);
-  void release_landed();
-
-  std::mutex mutex_;
-  std::condition_variable work_;
-  std::vector<InFlight> in_flight_;
-  std::vector<Release> releases_;
-  uint64_t puts_ = 0;
-  bool stop_ = false;
-  std::mt19937_64 random_;
-  std::thread thread_;  // last: it uses the rest
+  virtual void release_when_landed(uint32_t* word, uint32_t value) = 0;
+  // Whether pe can still be reached, as far as the network has noticed.
+  virtual bool alive(int pe) = 0;
+  // A peer that a put of ours is still under way to.
+  virtual std::optional<int> awaited() = 0;
 };
 
 }  // namespace flashmoe

@@ -29,14 +29,14 @@ struct RankNames {
   }
 };
 
-inline std::string describe_wait(const Status& status, const RankNames& name) {
+inline std::string describe_wait(const Status& status, int rank, const RankNames& name) {
   std::ostringstream s;
   const uint64_t epoch = signal_epoch(status.seen);
   switch (Phase(status.phase)) {
     case Phase::kHeader: s << "the packet header of " << name(status.peer); break;
     case Phase::kChunk: s << "token rows of " << name(status.peer); break;
     case Phase::kResults: s << "results of " << name(status.peer) << ", its expert " << status.expert; break;
-    case Phase::kQuiet: return "its own transfers to land";
+    case Phase::kQuiet: return "its own transfers to " + (status.peer == rank ? "land" : name(status.peer) + " to land");
     case Phase::kNone: return "nothing";
   }
   s << " (expected epoch " << status.epoch << ", seen " << epoch << ")";
@@ -51,6 +51,10 @@ inline std::string describe_bad_id(const Status& s) {
   return text.str();
 }
 
+inline bool is_far(const GroupOptions& group, int rank) {
+  return group.network && rank >= 0 && size_t(rank) < group.heaps.size() && !group.heaps[rank];
+}
+
 // Of `rank`, in a group of that name and of those ranks. The report ends with what can be done about it.
 inline std::string describe_failure(const GroupOptions& group, int rank, const Status& status, const char* remedy) {
   const RankNames name{group.global_ranks};
@@ -60,12 +64,13 @@ inline std::string describe_failure(const GroupOptions& group, int rank, const S
   const double seconds = double(status.waited_ns) * 1e-9;
   switch (Failure(status.failure)) {
     case Failure::kTimeout:
-      s << "no progress for " << seconds << " s while waiting for " << describe_wait(status, name)
+      s << "no progress for " << seconds << " s while waiting for " << describe_wait(status, rank, name)
         << "; FLASHMOE_TIMEOUT_S and FLASHMOE_ENTRY_TIMEOUT_S set the limits";
       break;
     case Failure::kPeerDied:
-      s << "the process of " << name(status.peer) << " ended while this rank was waiting for "
-        << describe_wait(status, name);
+      s << (is_far(group, status.peer) ? "the network to " : "the process of ") << name(status.peer)
+        << (is_far(group, status.peer) ? " broke, or its process ended," : " ended") << " while this rank was waiting for "
+        << describe_wait(status, rank, name);
       break;
     case Failure::kPeerAborted: {
       static constexpr const char* kWhy[] = {"", "a deadline that passed", "a peer process that ended", "",

@@ -12,6 +12,8 @@
 
 namespace flashmoe {
 
+class HostNetwork;
+
 // A call that other ranks had a part in cannot be completed: a deadline, a dead peer, an abort, ranks that call
 // different layers. The group is unusable from then on.
 class PeerError : public std::runtime_error {
@@ -41,9 +43,11 @@ struct GroupOptions {
   std::string name;
   int ep_rank = 0;
   Limits limits;
-  std::vector<std::byte*> heaps;                // [ep_size] each rank's heap as mapped here, zeroed before first use
+  std::vector<std::byte*> heaps;                // [ep_size] each rank's heap as mapped here, zeroed before first use;
+                                                // null: reached by `network` alone
+  std::shared_ptr<HostNetwork> network;         // to the ranks whose heaps are not mapped
   std::vector<std::shared_ptr<void>> keep;      // whatever holds that memory
-  std::vector<int> pids;                        // [ep_size] 0 where the rank is a thread of this process
+  std::vector<int> pids;                        // [ep_size] 0 where the rank is a thread, or of another host
   std::vector<int> global_ranks;                // [ep_size] what messages call the ranks; empty: as in the group
   std::optional<uint64_t> remote_only_seed;     // reach peers by delayed, reordered puts alone
   double timeout_s = 60, entry_timeout_s = 600;

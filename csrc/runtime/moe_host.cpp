@@ -10,6 +10,7 @@
 
 #include "engine/cpu.h"
 #include "platform/host.h"
+#include "platform/rehearsal_network.h"
 #include "protocol/moe_kernel.h"
 #include "runtime/check.h"
 #include "runtime/failure_report.h"
@@ -63,9 +64,12 @@ class Group::Impl {
     if (!options_.heaps.empty()) connect();
   }
 
-  // After a failure peers may still write to this heap: it is never given back.
+  // After a failure peers may still write to this heap, and the network still read what was to be sent: neither is
+  // ever given back.
   ~Impl() {
-    if (failure_) new std::vector(options_.keep);
+    if (!failure_) return;
+    new std::vector(options_.keep);
+    if (options_.network) new Buffer(std::move(workspace_));
   }
 
   bool made_here() const { return getpid() == process_; }
@@ -124,9 +128,14 @@ class Group::Impl {
 
  private:
   void connect() {
-    std::unique_ptr<HostNetwork> network;
-    if (options_.remote_only_seed) network = std::make_unique<HostNetwork>(*options_.remote_only_seed);
-    platform_.emplace(options_.ep_rank, options_.heaps, options_.pids, std::move(network));
+    std::shared_ptr<HostNetwork> network = options_.network;
+    std::vector<std::byte*> mapped = options_.heaps;
+    if (options_.remote_only_seed) {
+      network = std::make_shared<RehearsalNetwork>(*options_.remote_only_seed, options_.heaps);
+      for (std::byte*& heap : mapped)
+        if (heap != options_.heaps[options_.ep_rank]) heap = nullptr;
+    }
+    platform_.emplace(options_.ep_rank, std::move(mapped), options_.pids, std::move(network));
   }
 
   // W = 1 needs no arena: the heap of a lone rank follows its calls. Of its table only the signals depend on the
@@ -204,6 +213,8 @@ class Group::Impl {
 
   // Sticky: what peers hold of this group can never be trusted again.
   [[noreturn]] void fail(const Call& call, Workspace& ws) {
+    // I wait for my own transfers only because of somebody else.
+    if (Phase(ws.status->phase) == Phase::kQuiet) ws.status->peer = platform_->awaited().value_or(ws.status->peer);
     const std::string failure =
         describe_failure(options_, call.ep_rank, *ws.status,
                          "The group cannot be used any more; flashmoe.distributed.init() makes a new one.");

@@ -1,15 +1,17 @@
-#include "platform/host_network.h"
+#include "platform/rehearsal_network.h"
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <utility>
 
 namespace flashmoe {
 
-HostNetwork::HostNetwork(uint64_t seed) : random_(seed), thread_([this] { deliver(); }) {}
+RehearsalNetwork::RehearsalNetwork(uint64_t seed, std::vector<std::byte*> heaps)
+    : heaps_(std::move(heaps)), random_(seed), thread_([this] { deliver(); }) {}
 
-HostNetwork::~HostNetwork() {
+RehearsalNetwork::~RehearsalNetwork() {
   {
     std::lock_guard lock(mutex_);
     stop_ = true;
@@ -18,7 +20,7 @@ HostNetwork::~HostNetwork() {
   thread_.join();
 }
 
-void HostNetwork::put(const Put& put) {
+void RehearsalNetwork::put(const Put& put) {
   {
     std::lock_guard lock(mutex_);
     in_flight_.push_back({put, puts_++, false});
@@ -26,18 +28,24 @@ void HostNetwork::put(const Put& put) {
   work_.notify_one();
 }
 
-bool HostNetwork::quiet() {
+bool RehearsalNetwork::quiet() {
   std::lock_guard lock(mutex_);
   return in_flight_.empty();
 }
 
-void HostNetwork::release_when_landed(uint32_t* word, uint32_t value) {
+std::optional<int> RehearsalNetwork::awaited() {
+  std::lock_guard lock(mutex_);
+  if (in_flight_.empty()) return std::nullopt;
+  return in_flight_.front().put.pe;
+}
+
+void RehearsalNetwork::release_when_landed(uint32_t* word, uint32_t value) {
   std::lock_guard lock(mutex_);
   releases_.push_back({word, value, puts_});
   release_landed();
 }
 
-void HostNetwork::deliver() {
+void RehearsalNetwork::deliver() {
   std::unique_lock lock(mutex_);
   while (true) {
     work_.wait(lock, [this] { return stop_ || !in_flight_.empty(); });
@@ -53,7 +61,7 @@ void HostNetwork::deliver() {
   }
 }
 
-void HostNetwork::move_one(std::unique_lock<std::mutex>& lock) {
+void RehearsalNetwork::move_one(std::unique_lock<std::mutex>& lock) {
   const size_t i = random_() % in_flight_.size();
   InFlight& chosen = in_flight_[i];
   if (!chosen.payload_landed && chosen.put.bytes) {
@@ -61,18 +69,19 @@ void HostNetwork::move_one(std::unique_lock<std::mutex>& lock) {
     const Put put = chosen.put;
     // Only this thread takes puts away, and none is taken while one is copied.
     lock.unlock();
-    std::memcpy(put.to, put.from, put.bytes);
+    std::memcpy(heaps_[put.pe] + put.offset, put.from, put.bytes);
     lock.lock();
     return;
   }
   // Pairs with the acquire of the destination's test_signal.
-  std::atomic_ref(*chosen.put.signal).store(chosen.put.word, std::memory_order_release);
+  uint64_t* signal = reinterpret_cast<uint64_t*>(heaps_[chosen.put.pe] + chosen.put.signal);
+  std::atomic_ref(*signal).store(chosen.put.word, std::memory_order_release);
   in_flight_[i] = in_flight_.back();
   in_flight_.pop_back();
   release_landed();
 }
 
-void HostNetwork::release_landed() {
+void RehearsalNetwork::release_landed() {
   uint64_t oldest = puts_;
   for (const InFlight& f : in_flight_) oldest = std::min(oldest, f.number);
   std::erase_if(releases_, [oldest](const Release& r) {
