@@ -2,7 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings_ucx.h"
 #include "engine/cpu.h"
+#include "platform/host_network.h"
 #include "platform/shared_segment.h"
 #include "runtime/moe.h"
 #ifdef FLASHMOE_WITH_CUDA
@@ -22,16 +24,24 @@ const T* address(uintptr_t a) {
 std::shared_ptr<Group> make_group(const std::string& name, int ep_rank, const Limits& limits,
                                   const std::vector<std::shared_ptr<SharedSegment>>& segments,
                                   const std::vector<size_t>& offsets, const std::vector<int>& pids,
-                                  const std::vector<int>& global_ranks, std::optional<uint64_t> remote_only_seed,
-                                  double timeout_s, double entry_timeout_s, int num_workers) {
+                                  const std::vector<int>& global_ranks, std::shared_ptr<HostNetwork> network,
+                                  std::optional<uint64_t> remote_only_seed, double timeout_s, double entry_timeout_s,
+                                  int num_workers) {
   const size_t ep_size = limits.ep_size, bytes = HeapLayout(limits).bytes;
   if (segments.size() != ep_size || offsets.size() != ep_size || pids.size() != ep_size || global_ranks.size() != ep_size)
     throw std::invalid_argument("segments, offsets, pids and global_ranks must have one entry for each of the " +
                                 std::to_string(ep_size) + " ranks");
   if (ep_rank < 0 || size_t(ep_rank) >= ep_size)
     throw std::invalid_argument("ep_rank must lie in [0, " + std::to_string(ep_size) + "), got " + std::to_string(ep_rank));
-  GroupOptions o{name, ep_rank, limits, {}, {}, pids, global_ranks, remote_only_seed, timeout_s, entry_timeout_s, num_workers};
+  GroupOptions o{name, ep_rank, limits, {}, std::move(network), {}, pids, global_ranks, remote_only_seed, timeout_s,
+                 entry_timeout_s, num_workers};
   for (size_t pe = 0; pe < ep_size; ++pe) {
+    if (!segments[pe]) {  // of another host
+      if (!o.network || int(pe) == ep_rank || remote_only_seed)
+        throw std::invalid_argument("rank " + std::to_string(pe) + " has no segment here, and no network leads to it");
+      o.heaps.push_back(nullptr);
+      continue;
+    }
     if (offsets[pe] % HeapLayout::kAlign || offsets[pe] > segments[pe]->bytes() || segments[pe]->bytes() - offsets[pe] < bytes)
       throw std::invalid_argument("segment of rank " + std::to_string(pe) + " must hold " + std::to_string(bytes) +
                                   " bytes from an offset that is a multiple of " + std::to_string(HeapLayout::kAlign) +
@@ -99,11 +109,16 @@ py::tuple trace(const Group& group) {
 py::dict build_info() {
   py::dict features;
   py::dict d;
+#ifdef FLASHMOE_WITH_UCX
+  features["host"] = true, features["ucx"] = true;
+#else
+  features["host"] = true, features["ucx"] = false;
+#endif
 #ifdef FLASHMOE_WITH_CUDA
-  features["host"] = true, features["cuda"] = true, features["nvshmem"] = false;
+  features["cuda"] = true, features["nvshmem"] = false;
   d["cuda_architectures"] = FLASHMOE_WITH_CUDA, d["cuda_compiler"] = FLASHMOE_CUDA_COMPILER;
 #else
-  features["host"] = true, features["cuda"] = false, features["nvshmem"] = false;
+  features["cuda"] = false, features["nvshmem"] = false;
 #endif
   d["version"] = FLASHMOE_VERSION, d["compiler"] = __VERSION__, d["cpp_standard"] = __cplusplus;
   d["isa"] = cpu_isa(), d["features"] = features;
@@ -148,10 +163,15 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("max_experts", &Limits::max_experts)
       .def_property_readonly("heap_bytes", [](const Limits& l) { return HeapLayout(l).bytes; });
 
+  py::class_<HostNetwork, std::shared_ptr<HostNetwork>>(m, "Network");
+#ifdef FLASHMOE_WITH_UCX
+  bind_ucx(m);
+#endif
+
   py::class_<Group, std::shared_ptr<Group>>(m, "Group")
       .def(py::init(&make_group), py::arg("name"), py::arg("ep_rank"), py::arg("limits"), py::arg("segments"),
-           py::arg("offsets"), py::arg("pids"), py::arg("global_ranks"), py::arg("remote_only_seed") = py::none(),
-           py::arg("timeout_s") = 60.0, py::arg("entry_timeout_s") = 600.0, py::arg("num_workers") = 1)
+           py::arg("offsets"), py::arg("pids"), py::arg("global_ranks"), py::arg("network") = nullptr,
+           py::arg("remote_only_seed") = py::none(), py::arg("timeout_s") = 60.0, py::arg("entry_timeout_s") = 600.0, py::arg("num_workers") = 1)
       .def("forward", forward_taking(&forward_args))
       .def("stats", &stats)
       .def("set_trace", &Group::set_trace, py::arg("max_events"), py::call_guard<py::gil_scoped_release>())

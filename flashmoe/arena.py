@@ -1,4 +1,4 @@
-"""The symmetric memory of all ranks of one host, mapped in each of them, and the pieces that groups take from it."""
+"""The symmetric memory of all ranks, mapped by those of one host, and the pieces that groups take from it."""
 
 import array
 import json
@@ -8,9 +8,11 @@ import select
 import socket
 import struct
 import time
-from pathlib import Path
+from typing import Any
 
-from ._C import PeerError, Segment
+from ._C import Network, PeerError, Segment
+from .hosts import check_ucx, mapped_ranks, this_host
+from .network import open_fabric
 from .rendezvous import Rendezvous
 
 _ALIGNMENT = 4096
@@ -54,20 +56,31 @@ class PeerProcesses:
 
 
 class Arena:
-    """One segment per rank, each mapped by every rank, and the bytes of our own that groups have taken so far.
+    """One segment per rank, and the bytes of our own that groups have taken so far.
 
     Attributes:
-        segments: by rank of the torch world.
+        segments: by rank of the torch world; None for those that only the network leads to.
         peers: by rank of the torch world.
         num_bytes: of one segment.
         used_bytes: taken from this rank's own segment.
+        fabric: our end of the network; None where all segments are mapped.
     """
 
-    def __init__(self, segments: list[Segment], peers: PeerProcesses, num_bytes: int):
+    def __init__(self, segments: list[Segment | None], peers: PeerProcesses, num_bytes: int, fabric: Any = None):
         self.segments = segments
         self.peers = peers
         self.num_bytes = num_bytes
         self.used_bytes = 0
+        self.fabric = fabric
+
+    def is_alive(self, rank: int) -> bool:
+        """False once it is known that the process of ``rank`` has ended, or that the network to it broke."""
+        return self.peers.is_alive(rank) and not (self.fabric is not None and self.fabric.failed(rank))
+
+    def network(self, members: list[int], offsets: list[int]) -> Network | None:
+        """The way to those ``members`` whose segments are not mapped, if there are any."""
+        far = any(self.segments[member] is None for member in members)
+        return self.fabric.network(members, offsets) if far else None
 
     def take(self, num_bytes: int) -> int:
         """Offset of ``num_bytes`` fresh, zeroed bytes of this rank's segment; they are never given back.
@@ -88,7 +101,9 @@ class Arena:
 
     def close(self) -> None:
         # Each process unmaps its own mapping; a peer that still writes does so through its own, and the memory
-        # itself goes when the last process lets go of it.
+        # itself goes when the last process lets go of it. Whom only the network reaches puts through our fabric.
+        if self.fabric is not None:
+            self.fabric.close()
         self.segments = []
         self.peers.close()
 
@@ -98,31 +113,31 @@ def round_up(num_bytes: int) -> int:
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def build_arena(rendezvous: Rendezvous, num_bytes: int, timeout_s: float) -> Arena:
-    """Allocate ``num_bytes`` on every rank and map everybody's memory; a collective over the rendezvous' members.
+def build_arena(
+    rendezvous: Rendezvous, num_bytes: int, timeout_s: float, transport: str | None = None
+) -> Arena:
+    """Allocate ``num_bytes`` on every rank and map the memory of all on this host, or reach them by the network.
 
-    The members are all ranks 0 … W−1 of the world. Memory is handed over as a file descriptor through a socket
-    that has a random name in the abstract namespace, to processes of the same user only.
+    A collective over the rendezvous' members, all ranks 0 … W−1 of the world. Memory is handed over as a file
+    descriptor through a socket that has a random name in the abstract namespace, to processes of the same user only.
 
     Raises:
-        RuntimeError: ranks on several hosts, too little memory, another user's process.
-        PeerError: a rank did not come in time.
+        RuntimeError: several hosts without UCX, too little memory, another user's process.
+        PeerError: a rank did not come in time, or cannot be reached.
     """
     rank, world_size = rendezvous.rank, len(rendezvous.members)
-    hosts = rendezvous.exchange("host", _host, timeout_s)
-    for other in range(world_size):
-        if hosts[other]["boot_id"] != hosts[rank]["boot_id"]:
-            raise RuntimeError(
-                f"all ranks must run on one host: rank {rank} is on {hosts[rank]['name']}, rank {other} on "
-                f"{hosts[other]['name']} (this build reaches its peers through shared memory)"
-            )
+    hosts = rendezvous.exchange("host", this_host, timeout_s)
+    mapped = mapped_ranks(hosts, rank, transport)
+    if len(mapped) < world_size:
+        rendezvous.exchange("ucx", lambda: check_ucx(hosts, rank), timeout_s)
+    before = [r for r in range(rank) if hosts[r]["machine"] == hosts[rank]["machine"]]
 
     segments: list[Segment] = []
 
     def allocate() -> None:
         # One rank after another: each finds out whether memory is left *after* those before it took theirs.
-        if rank > 0:
-            rendezvous.await_one("memory", rank - 1, timeout_s)
+        if before:
+            rendezvous.await_one("memory", before[-1], timeout_s)
         try:
             segments.append(Segment.create(num_bytes))
         except RuntimeError as error:
@@ -141,27 +156,29 @@ def build_arena(rendezvous: Rendezvous, num_bytes: int, timeout_s: float) -> Are
 
         def hand_over() -> Arena:
             deadline = time.monotonic() + timeout_s
-            pids = [os.getpid()] * world_size
-            for other in range(world_size):
+            pids = [os.getpid() if r == rank else 0 for r in range(world_size)]
+            for other in mapped:
                 if other != rank:
                     pids[other] = _send_descriptor(rank, other, names[other], segments[0].fd, timeout_s)
             peers = PeerProcesses(pids)
             try:
-                received = _receive_segments(rendezvous, listener, peers, num_bytes, deadline, timeout_s)
+                received = _receive_segments(rendezvous, mapped, listener, peers, num_bytes, deadline, timeout_s)
             except BaseException:
                 peers.close()
                 raise
             received[rank] = segments[0]
-            return Arena([received[other] for other in range(world_size)], peers, num_bytes)
+            return Arena([received.get(other) for other in range(world_size)], peers, num_bytes)
 
         arenas: list[Arena] = []
         rendezvous.exchange("mapped", lambda: arenas.append(hand_over()), timeout_s)
-    return arenas[0]
-
-
-def _host() -> dict[str, str]:
-    # Unlike the name, it tells apart two hosts that were cloned; ranks in two containers of one host share it.
-    return {"boot_id": Path("/proc/sys/kernel/random/boot_id").read_text().strip(), "name": socket.gethostname()}
+    arena = arenas[0]
+    if len(mapped) < world_size:
+        try:
+            arena.fabric = open_fabric(rendezvous, segments[0], hosts, mapped, timeout_s)
+        except BaseException:
+            arena.close()
+            raise
+    return arena
 
 
 def _credentials(connection: socket.socket) -> tuple[int, int]:
@@ -178,8 +195,7 @@ def _send_descriptor(rank: int, other: int, name: str, descriptor: int, timeout_
             connection.connect("\0" + name)
         except ConnectionRefusedError as error:
             raise RuntimeError(
-                f"rank {rank} cannot reach rank {other} on this host: do they run in containers with separate network "
-                f"namespaces? ({error})"
+                f"rank {rank} cannot reach rank {other} on this host, which has stopped listening: {error}"
             ) from error
         pid, uid = _credentials(connection)
         if uid != os.getuid():
@@ -190,17 +206,18 @@ def _send_descriptor(rank: int, other: int, name: str, descriptor: int, timeout_
 
 def _receive_segments(
     rendezvous: Rendezvous,
+    members: list[int],
     listener: socket.socket,
     peers: PeerProcesses,
     num_bytes: int,
     deadline: float,
     timeout_s: float,
 ) -> dict[int, Segment]:
-    """Everybody else's memory, by rank. Whoever else connects is told nothing and disturbs nobody."""
+    """The memory of the other ``members``, by rank. Whoever else connects is told nothing and disturbs nobody."""
     received: dict[int, Segment] = {}
     listener.settimeout(_ACCEPT_SLICE_S)
     while True:
-        missing = [m for m in rendezvous.members if m != rendezvous.rank and m not in received]
+        missing = [m for m in members if m != rendezvous.rank and m not in received]
         if not missing:
             return received
         try:

@@ -39,6 +39,7 @@ def init(
     timeout_s: float | None = None,
     entry_timeout_s: float | None = None,
     remote_only: int | None = None,
+    transport: str | None = None,
     num_workers: int | None = None,
 ) -> None:
     """Make this process a rank: join the torch world and allocate the symmetric memory of all groups to come.
@@ -66,14 +67,16 @@ def init(
             (default: FLASHMOE_ENTRY_TIMEOUT_S, else 600).
         remote_only: a seed; peers' memory is then written by a simulated network that delays and reorders
             (default: FLASHMOE_REMOTE_ONLY, else off). A rehearsal for tests, not for use.
+        transport: "shm": memory that all ranks map, on one host; "ucx": the network alone, also within a host
+            (default: FLASHMOE_TRANSPORT, else memory within a host and the network between hosts).
         num_workers: threads that compute on this rank; may differ between ranks
             (default: FLASHMOE_NUM_WORKERS, else this rank's share of the usable cores).
 
     Raises:
         ValueError: an argument is out of range, or the ranks' arguments differ; on every rank.
-        RuntimeError: too little memory (found here, on every rank), ranks on several hosts, other arguments while
-            groups are in use, or an environment without what torchrun sets.
-        PeerError: a rank did not come in time.
+        RuntimeError: too little memory (found here, on every rank), ranks on several hosts without UCX, other
+            arguments while groups are in use, or an environment without what torchrun sets.
+        PeerError: a rank did not come in time, or cannot be reached.
     """
     given = {
         "max_tokens": max_tokens,
@@ -84,6 +87,7 @@ def init(
         "timeout_s": timeout_s,
         "entry_timeout_s": entry_timeout_s,
         "remote_only": remote_only,
+        "transport": transport,
     }
     changes = {name: value for name, value in given.items() if value is not None}
 
@@ -126,7 +130,7 @@ def reserve(
 def finalize() -> None:
     """Let go of the groups, the arena and, if ``init()`` made it, the torch world. Not collective; safe to repeat.
 
-    A group that somebody still holds keeps its memory until it is dropped.
+    A group that somebody still holds keeps its memory until it is dropped; to other hosts it leads no longer.
     """
     global _owns_torch_world
     with _lock:

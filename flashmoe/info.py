@@ -13,6 +13,7 @@ import torch
 from . import _C
 from ._version import __version__
 from .cores import usable_cores
+from .hosts import ucx_version
 from .settings import Settings
 
 
@@ -73,6 +74,7 @@ def information() -> dict[str, Any]:
                 (f"{name} {_version_of(name)}" for name in ("nvidia-nvshmem-cu13", "nvidia-nvshmem-cu12")
                  if _version_of(name)), None
             ),
+            "ucx": _ucx(),
         },
         "arena_defaults": {
             "max_tokens": settings.max_tokens,
@@ -107,6 +109,7 @@ def information_text(information: dict[str, Any]) -> str:
         ("CUDA", f"torch {found['cuda_in_torch'] or 'without'}, driver {'yes' if found['nvidia_driver'] else 'no'}, "
                  f"nvcc {found['nvcc'] or 'no'}"),
         ("NVSHMEM", found["nvshmem"] or "not installed"),
+        ("UCX", found["ucx"]),
         ("arena", f"by default {defaults['max_tokens']} tokens of {defaults['max_wire_bytes']} bytes, "
                   f"k {defaults['max_top_k']}, {defaults['max_groups']} groups: {arena}"),
     ]  # fmt: skip
@@ -118,6 +121,14 @@ def _version_of(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _ucx() -> str:
+    """Its version, or why ranks on several hosts cannot use it."""
+    try:
+        return ucx_version()
+    except RuntimeError as error:
+        return str(error)
 
 
 def _gpus() -> list[str]:

@@ -16,7 +16,7 @@ from .launch import launch
 from .models import LayerShape
 from .run_options import DTYPES, RunOptions
 from .run_rank import run_rank
-from .settings import Settings
+from .settings import Settings, settings_of_environment
 
 _PROCESS_BYTES = 400 << 20  # Python, torch, transformers and the buffers of the measurement itself
 
@@ -153,7 +153,7 @@ def _transport(options: RunOptions) -> str:
     if options.ranks == 1:
         return "one process"
     if options.remote_only is None:
-        return "shared memory"
+        return "UCX" if settings_of_environment().transport == "ucx" else "shared memory"
     return f"delayed and reordered puts (seed {options.remote_only})"
 
 

@@ -11,7 +11,10 @@ from .arena import round_up
 TIMEOUT_VARIABLE = "FLASHMOE_TIMEOUT_S"
 ENTRY_TIMEOUT_VARIABLE = "FLASHMOE_ENTRY_TIMEOUT_S"
 REMOTE_ONLY_VARIABLE = "FLASHMOE_REMOTE_ONLY"
+TRANSPORT_VARIABLE = "FLASHMOE_TRANSPORT"
 NUM_WORKERS_VARIABLE = "FLASHMOE_NUM_WORKERS"
+
+_TRANSPORTS = ("shm", "ucx")
 
 _ADDRESSABLE_BYTES = 2**47  # beyond it the core's arithmetic would go wrong, too
 
@@ -32,6 +35,7 @@ class Settings:
     timeout_s: float = 60.0
     entry_timeout_s: float = 600.0
     remote_only: int | None = None
+    transport: str | None = None
 
     def limits(self, ep_size: int) -> Limits:
         return Limits(ep_size, self.max_tokens, self.max_wire_bytes, self.max_top_k, self.max_experts)
@@ -70,6 +74,10 @@ class Settings:
         seed = settings.remote_only
         if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
             raise ValueError(f"remote_only must be None or a seed from 0 to 2^63 - 1, got {seed!r}")
+        if settings.transport not in (None, *_TRANSPORTS):
+            raise ValueError(f"transport must be None, 'shm' or 'ucx', got {settings.transport!r}")
+        if seed is not None and settings.transport == "ucx":
+            raise ValueError("remote_only rehearses a network, so transport must not be 'ucx' with it")
         return settings
 
     def grown(self, asked: dict[str, int]) -> "Settings":
@@ -100,6 +108,11 @@ def settings_of_environment() -> Settings:
         if not seed.isdecimal() or int(seed) >= 2**63:
             raise ValueError(f"{REMOTE_ONLY_VARIABLE} must be a seed, an integer from 0 to 2^63 - 1, got {seed!r}")
         changes["remote_only"] = int(seed)
+    transport = os.environ.get(TRANSPORT_VARIABLE, "")
+    if transport:
+        if transport not in _TRANSPORTS:
+            raise ValueError(f"{TRANSPORT_VARIABLE} must be shm or ucx, got {transport!r}")
+        changes["transport"] = transport
     return Settings(**changes)
 
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from ._C import Group, PeerError
 from .arena import Arena, build_arena
 from .cores import share_of_cores
+from .hosts import machine_id
 from .rendezvous import Rendezvous
 from .settings import Settings, num_workers_asked
 
@@ -70,7 +71,7 @@ def next_world(
         rank,
         range(size),
         f"call flashmoe.distributed.{call}() for the same time (here: number {generation})",
-        current.arena.peers.is_alive if current is not None and current.arena is not None else None,
+        current.arena.is_alive if current is not None and current.arena is not None else None,
     )
 
     def ask() -> dict[str, Any]:
@@ -82,6 +83,7 @@ def next_world(
             "used": current is not None and bool(current.groups),
             "failed": current is not None and current.failed(),
             "cores": sorted(os.sched_getaffinity(0)),
+            "machine": machine_id(),
         }
 
     asked = rendezvous.exchange("ask", ask, timeout_s)
@@ -98,8 +100,12 @@ def next_world(
             f"{_listing(mine['settings'], changed)}, and groups are in use: grow with "
             f"flashmoe.distributed.reserve(), or call flashmoe.distributed.finalize() on every rank before"
         )
-    arena = build_arena(rendezvous, settings.arena_bytes(size), settings.timeout_s) if size > 1 else None
-    workers = mine["num_workers"] or share_of_cores(mine["cores"], [other["cores"] for other in asked])
+    arena = None
+    if size > 1:
+        arena = build_arena(rendezvous, settings.arena_bytes(size), settings.timeout_s, settings.transport)
+    workers = mine["num_workers"] or share_of_cores(
+        mine["cores"], [other["cores"] for other in asked if other["machine"] == mine["machine"]]
+    )
     return World(dist.group.WORLD, store, rank, size, generation, settings, workers, arena)
 
 
@@ -135,7 +141,7 @@ def _join(world: World, name: str, members: list[int]) -> Group:
             world.rank,
             ranks,
             f"join group {group!r} {ranks}",
-            arena.peers.is_alive,
+            arena.is_alive,
             look_for_mutual_wait,
         )
 
@@ -159,14 +165,16 @@ def _join(world: World, name: str, members: list[int]) -> Group:
     made: list[Group] = []
 
     def make() -> None:
+        offsets = [entry["offset"] for entry in entries]
         group = Group(
             name,
             members.index(world.rank),
             limits,
             [arena.segments[member] for member in members],
-            [entry["offset"] for entry in entries],
+            offsets,
             [arena.peers.pids[member] for member in members],
             members,
+            arena.network(members, offsets),
             remote_only_seed=settings.remote_only_seed(world.rank),
             timeout_s=settings.timeout_s,
             entry_timeout_s=settings.entry_timeout_s,

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from rank_world import rank_processes
 
 from flashmoe import _C, PeerError
-from flashmoe.arena import Arena, PeerProcesses, _host, build_arena
+from flashmoe.arena import Arena, PeerProcesses, build_arena
 from flashmoe.cores import share_of_cores
+from flashmoe.hosts import this_host
 from flashmoe.rendezvous import Rendezvous
 
 
@@ -73,7 +74,7 @@ def test_another_user_gets_nothing_and_disturbs_nobody():
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind("\0flashmoe-test-" + secrets.token_hex(8))
         listener.listen(1)
-        by_hand.exchange("host", lambda: _host(), 20.0)
+        by_hand.exchange("host", this_host, 20.0)
         by_hand.exchange("memory", lambda: None, 20.0)
         name, _ = by_hand.exchange("socket", lambda: listener.getsockname()[1:].decode(), 20.0)
         mine, theirs = rank_processes.Pipe()

@@ -47,6 +47,7 @@ class UcxFabric {
   UcxFabric(const UcxFabric&) = delete;
 
   const Address& address() const { return address_; }
+  int world_size() const { return int(links_.size()); }
   // Waits until every rank that has an address here can be reached and has reached us; who has not, or null.
   // Throws std::runtime_error if UCX refuses.
   std::optional<int> connect(const std::vector<std::optional<Address>>& ranks, double timeout_s);
