@@ -128,55 +128,39 @@ void UcxFabric::send(int rank, UcxMessage message, const std::byte* payload, siz
   Link& link = links_[rank];
   if (!link.ep || link.state != State::kUp) return;
   message.key = link.key, message.source = uint32_t(rank_);
-  Transfer& transfer = begin(link, message);
+  Sending& sending = sendings_.emplace_front(this, &link, message);
+  sending.self = sendings_.begin();
   ucp_request_param_t param{};
-  param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
-  param.cb.send = &on_sent, param.user_data = &transfer;
+  param.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS | UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
+  param.flags = UCP_AM_SEND_FLAG_EAGER;
+  param.cb.send = &on_sent, param.user_data = &sending;
   ++link.under_way;
   const ucs_status_ptr_t request =
-      ucx_.am_send_nbx(link.ep, kMessageId, &transfer.message, sizeof transfer.message, payload, bytes, &param);
+      ucx_.am_send_nbx(link.ep, kMessageId, &sending.message, sizeof sending.message, payload, bytes, &param);
   if (UCS_PTR_IS_PTR(request)) return wake();
   --link.under_way;
-  transfers_.erase(transfer.self);
+  sendings_.erase(sending.self);
   if (UCS_PTR_IS_ERR(request)) on_error(&link, link.ep, UCS_PTR_STATUS(request)), wake();
 }
 
-ucs_status_t UcxFabric::hear(const UcxMessage& message, void* data, size_t bytes, bool by_rendezvous) {
+void UcxFabric::hear(const UcxMessage& message, const void* payload, size_t bytes) {
   // Whoever reaches this port may send anything; a rank of ours knows the key.
-  if (message.key != address_.key || message.source >= links_.size() || int(message.source) == rank_) return UCS_OK;
+  if (message.key != address_.key || message.source >= links_.size() || int(message.source) == rank_) return;
   Link& link = links_[message.source];
   switch (message.kind) {
     case UcxMessage::kHello: link.greeted = true; break;
-    case UcxMessage::kPut: return receive(message, data, bytes, by_rendezvous);
+    case UcxMessage::kPut: land(message, payload, bytes); break;
     case UcxMessage::kLanded: set_landed(link, message.number); break;
     case UcxMessage::kBye: lose(link, State::kLeft); break;
   }
-  return UCS_OK;
 }
 
-ucs_status_t UcxFabric::receive(const UcxMessage& message, void* data, size_t bytes, bool by_rendezvous) {
+void UcxFabric::land(const UcxMessage& message, const void* payload, size_t bytes) {
   const bool fits = bytes <= bytes_ && message.offset <= bytes_ - bytes && bytes_ >= sizeof(uint64_t) &&
                     message.signal <= bytes_ - sizeof(uint64_t) && message.signal % sizeof(uint64_t) == 0;
-  if (!fits) return UCS_OK;
-  std::byte* to = memory_ + message.offset;
-  if (!by_rendezvous) {
-    if (bytes) std::memcpy(to, data, bytes);
-    land(message);
-    return UCS_OK;
-  }
-  Transfer& transfer = begin(links_[message.source], message);
-  ucp_request_param_t param{};
-  param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
-  param.cb.recv_am = &on_received, param.user_data = &transfer;
-  const ucs_status_ptr_t request = ucx_.am_recv_data_nbx(worker_, data, to, bytes, &param);
-  if (UCS_PTR_IS_PTR(request)) return UCS_INPROGRESS;
-  if (request == nullptr) land(message);
-  transfers_.erase(transfer.self);
-  return UCS_INPROGRESS;  // the data are UCX's again, in any case
-}
-
-// The payload is here, so now its signal: pairs with the acquire of test_signal.
-void UcxFabric::land(const UcxMessage& message) {
+  if (!fits) return;
+  if (bytes) std::memcpy(memory_ + message.offset, payload, bytes);
+  // Pairs with the acquire of the reader's test_signal.
   std::atomic_ref(*reinterpret_cast<uint64_t*>(memory_ + message.signal)).store(message.word, std::memory_order_release);
   links_[message.source].arrived.add(message.number);
 }
@@ -192,34 +176,23 @@ void UcxFabric::lose(Link& link, State state) {
   link.state.compare_exchange_strong(up, state, std::memory_order_release);
 }
 
-UcxFabric::Transfer& UcxFabric::begin(Link& link, const UcxMessage& message) {
-  transfers_.push_front({this, &link, message, {}});
-  transfers_.front().self = transfers_.begin();
-  return transfers_.front();
-}
-
 ucs_status_t UcxFabric::on_message(void* fabric, const void* header, size_t header_bytes, void* data, size_t bytes,
                                    const ucp_am_recv_param_t* param) {
   UcxMessage message;
-  if (header_bytes != sizeof message) return UCS_OK;
-  std::memcpy(&message, header, sizeof message);
-  return static_cast<UcxFabric*>(fabric)->hear(message, data, bytes, param->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV);
+  const bool is_here = !(param->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV);
+  if (header_bytes == sizeof message && is_here) {
+    std::memcpy(&message, header, sizeof message);
+    static_cast<UcxFabric*>(fabric)->hear(message, data, bytes);
+  }
+  return UCS_OK;  // it is done with
 }
 
-void UcxFabric::on_sent(void* request, ucs_status_t status, void* transfer) {
-  Transfer& t = *static_cast<Transfer*>(transfer);
-  --t.link->under_way;
-  if (status != UCS_OK) lose(*t.link, State::kLost);
-  t.fabric->ucx_.request_free(request);
-  t.fabric->transfers_.erase(t.self);
-}
-
-void UcxFabric::on_received(void* request, ucs_status_t status, size_t, void* transfer) {
-  Transfer& t = *static_cast<Transfer*>(transfer);
-  if (status == UCS_OK) t.fabric->land(t.message);
-  else lose(*t.link, State::kLost);
-  t.fabric->ucx_.request_free(request);
-  t.fabric->transfers_.erase(t.self);
+void UcxFabric::on_sent(void* request, ucs_status_t status, void* sending) {
+  Sending& s = *static_cast<Sending*>(sending);
+  --s.link->under_way;
+  if (status != UCS_OK) lose(*s.link, State::kLost);
+  s.fabric->ucx_.request_free(request);
+  s.fabric->sendings_.erase(s.self);
 }
 
 void UcxFabric::on_error(void* link, ucp_ep_h, ucs_status_t) { lose(*static_cast<Link*>(link), State::kLost); }

@@ -1,11 +1,12 @@
 // One rank's end of the network between hosts: a UCX worker, a thread that sees to it, and the memory that peers put
 // to. All groups of a rank share it (UcxNetwork is a group's view).
 //
-// A put is an active message: payload, and the header that says where it goes. The receiver's thread stores the signal,
-// with release, when UCX has handed over the whole payload, so payload before signal holds whatever the transport does
-// with the pieces: TCP, several rails, RDMA, where UCX's own completion is the moment from which the CPU sees the data.
-// A remote-written signal would need a flush, a round trip, before every word: UCX orders neither puts nor lanes, and a
-// put of eight bytes is not promised to land untorn. It also makes the receiver the one who decides where a put may go.
+// A put is an active message: payload, and the header that says where it goes. UCX hands it over when it is whole, by
+// whatever transport and in whatever pieces it came; the receiver's thread then copies the payload and stores the
+// signal, with release. So payload before signal is the order of one thread, and the signal is one untorn store. With
+// UCX's remote puts it would take a flush, a round trip, before each signal: they are ordered neither with each other
+// nor across lanes. It also is the receiver who decides where a put may go: UCX itself never writes to this memory, and
+// no peer has a key to it (hence no rendezvous either, and two copies where RDMA could do with none).
 //
 // The receiver confirms what has landed. A peer that is lost, or has left, has nothing under way: what was not confirmed
 // counts as landed once UCX has let go of it, since nobody is left there to be overtaken.
@@ -70,19 +71,19 @@ class UcxFabric {
   struct Link {
     ucp_ep_h ep = nullptr;
     uint64_t key = 0;
-    uint64_t sent = 0, under_way = 0;  // puts; messages that UCX still reads
+    uint64_t sent = 0, under_way = 0;  // puts; messages of any kind that UCX still reads
     Arrivals arrived;
     uint64_t confirmed = 0;
     bool greeted = false;
     std::atomic<State> state{State::kUp};
     std::atomic<uint64_t> landed{0};
   };
-  // What UCX has not finished yet, in one direction or the other.
-  struct Transfer {
+  // What UCX has not finished with: its header must lie still, too.
+  struct Sending {
     UcxFabric* fabric;
     Link* link;
     UcxMessage message;
-    std::list<Transfer>::iterator self;
+    std::list<Sending>::iterator self;
   };
 
   void start();
@@ -90,17 +91,14 @@ class UcxFabric {
   void look_after_links();
   void wake();
   void send(int rank, UcxMessage message, const std::byte* payload, size_t bytes);
-  ucs_status_t hear(const UcxMessage& message, void* data, size_t bytes, bool by_rendezvous);
-  ucs_status_t receive(const UcxMessage& message, void* data, size_t bytes, bool by_rendezvous);
-  void land(const UcxMessage& message);
+  void hear(const UcxMessage& message, const void* payload, size_t bytes);
+  void land(const UcxMessage& message, const void* payload, size_t bytes);
   void set_landed(Link& link, uint64_t number);
   void disconnect();
-  Transfer& begin(Link& link, const UcxMessage& message);
 
   static ucs_status_t on_message(void* fabric, const void* header, size_t header_bytes, void* data, size_t bytes,
                                  const ucp_am_recv_param_t* param);
-  static void on_sent(void* request, ucs_status_t status, void* transfer);
-  static void on_received(void* request, ucs_status_t status, size_t bytes, void* transfer);
+  static void on_sent(void* request, ucs_status_t status, void* sending);
   static void on_error(void* link, ucp_ep_h ep, ucs_status_t status);
   static void on_closed(void* request, ucs_status_t status, void* fabric);
   static void lose(Link& link, State state);
@@ -120,7 +118,7 @@ class UcxFabric {
   ucp_context_h context_ = nullptr;
   ucp_worker_h worker_ = nullptr;
   std::vector<Listener*> listeners_;
-  std::list<Transfer> transfers_;
+  std::list<Sending> sendings_;
   int closing_ = 0;  // endpoints that UCX has not let go of
   bool stop_ = false, closed_ = false;
   int events_ = -1, wake_ = -1;  // to wait on: UCX's, and an eventfd of ours

@@ -37,8 +37,6 @@ UcxLibrary::UcxLibrary(const std::string& path) {
   find(library, "ucp_ep_create", ep_create);
   find(library, "ucp_ep_close_nbx", ep_close_nbx);
   find(library, "ucp_am_send_nbx", am_send_nbx);
-  find(library, "ucp_am_recv_data_nbx", am_recv_data_nbx);
-  find(library, "ucp_request_check_status", request_check_status);
   find(library, "ucp_request_free", request_free);
   find(library, "ucs_status_string", status_string);
 }

@@ -118,7 +118,7 @@ void UcxFabric::disconnect() {
   worker_ = nullptr, context_ = nullptr;
   if (wake_ >= 0) ::close(wake_);
   wake_ = -1;
-  transfers_.clear();
+  sendings_.clear();
   for (Link& link : links_) set_landed(link, kEverything);
 }
 

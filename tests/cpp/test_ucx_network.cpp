@@ -17,7 +17,7 @@ bool eventually(const std::function<bool()>& condition, double seconds = 20) {
   return true;
 }
 
-// Puts of all sizes from several threads at once, from empty ones to those that UCX fetches by rendezvous.
+// Puts of all sizes from several threads at once, from empty ones to those that UCX takes apart.
 void payload_before_signal() {
   constexpr int kThreads = 3;
   constexpr size_t kSlot = size_t(3) << 20, kSignals = 4096;
