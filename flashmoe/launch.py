@@ -97,7 +97,7 @@ def _main_as_it_can_be_imported() -> Iterator[None]:
         variables.update((name, value) for name, value in hidden.items() if value is not None)
 
 
-def enter_world(rank: int, nproc: int, port: int) -> None:
+def enter_world(rank: int, nproc: int, port: int, address: str = "127.0.0.1") -> None:
     """Make this process a rank of the torch world that meets at the store on ``port``; it ends with its parent."""
     # Even a parent that is killed leaves nothing behind.
     parent = os.getppid()
@@ -107,10 +107,10 @@ def enter_world(rank: int, nproc: int, port: int) -> None:
     torch.set_num_threads(max(1, usable_cores() // nproc))
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(nproc), LOCAL_WORLD_SIZE=str(nproc),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        MASTER_ADDR=address, MASTER_PORT=str(port),
     )  # fmt: skip
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's own name may not resolve
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=nproc)
 
 

@@ -262,3 +262,29 @@ def bad_ids_then_good(ranks: Sequence[int], tokens: Sequence[int], culprit: int)
         p.topk_ids[ep_rank] = good
     p.check(ep_rank, p.run(ep_rank, group(ranks)))
     return message
+
+
+# --- the network ----------------------------------------------------------------------------------------------
+
+
+def bytes_of_call(seed: int, ranks: Sequence[int], tokens: Sequence[int]) -> dict[str, list[int]]:
+    """What one call sent to each rank, by kind."""
+    result_of(seed, ranks, tokens)
+    return flashmoe.distributed.group_of(group(ranks)).stats()["bytes_per_peer"]
+
+
+def init_without_ucx(**arguments: object) -> None:
+    """As if its library were not installed."""
+    ucx_library = flashmoe.hosts.ucx_library
+    flashmoe.hosts.ucx_library = lambda: "libucp-that-is-not-here.so"
+    try:
+        flashmoe.distributed.init(**arguments)
+    finally:
+        flashmoe.hosts.ucx_library = ucx_library
+
+
+def listening_sockets() -> list[str]:
+    """Inodes of this process's sockets."""
+    links = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if fd.isdecimal() and int(fd) > 2
+             and os.path.islink(f"/proc/self/fd/{fd}")]
+    return [link[len("socket:[") : -1] for link in links if link.startswith("socket:[")]

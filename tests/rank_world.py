@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
@@ -33,16 +33,26 @@ class Outcome:
     story: str = ""  # its traceback
 
 
+class Hosts(Protocol):
+    """Where ranks shall run, if not simply here."""
+
+    def make_store(self) -> dist.TCPStore: ...
+
+    def of_rank(self, rank: int) -> Callable[[], None]:
+        """What a rank's process does before anything else."""
+
+
 class RankWorld:
     """``nproc`` ranks with torch.distributed; every wait for them ends within ``patience_s`` or kills them all."""
 
-    def __init__(self, nproc: int, patience_s: float = 60.0):
+    def __init__(self, nproc: int, patience_s: float = 60.0, hosts: Hosts | None = None):
         self.patience_s = patience_s
-        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.store = hosts.make_store() if hosts else make_store("127.0.0.1")
         self.pipes, self.processes = [], []
         for rank in range(nproc):
             mine, theirs = rank_processes.Pipe()
-            process = rank_processes.Process(target=_serve, args=(rank, nproc, self.store.port, theirs), daemon=True)
+            arguments = (rank, nproc, self.store.host, self.store.port, theirs, hosts.of_rank(rank) if hosts else None)
+            process = rank_processes.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(mine)
@@ -92,10 +102,14 @@ class RankWorld:
             pipe.close()
 
 
+def make_store(address: str) -> dist.TCPStore:
+    return dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
+
+
 @contextlib.contextmanager
-def rank_world(nproc: int, **init_kwargs: Any) -> Iterator[RankWorld]:
+def rank_world(nproc: int, hosts: Hosts | None = None, **init_kwargs: Any) -> Iterator[RankWorld]:
     """A world whose ranks have called ``flashmoe.distributed.init``, unless there is nothing to call it with."""
-    world = RankWorld(nproc)
+    world = RankWorld(nproc, hosts=hosts)
     try:
         if init_kwargs:
             world.call(flashmoe.distributed.init, **init_kwargs)
@@ -110,8 +124,10 @@ def fresh_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path}
 
 
-def _serve(rank: int, nproc: int, port: int, pipe: Any) -> None:
-    enter_world(rank, nproc, port)
+def _serve(rank: int, nproc: int, address: str, port: int, pipe: Any, enter_host: Callable[[], None] | None) -> None:
+    if enter_host is not None:
+        enter_host()
+    enter_world(rank, nproc, port, address)
     pipe.send(Outcome())
     while True:
         try:
