@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <cstdlib>
 #include <stdexcept>
 
 namespace flashmoe {
@@ -13,9 +14,33 @@ void find(void* library, const char* name, Function& function) {
   if (!function) throw std::runtime_error(std::string("UCX: the library found has no function ") + name);
 }
 
+// What UCX reads from the environment when it is loaded, and does to the whole process. Where the user does not say
+// otherwise: no hooks in everybody's mmap, which only a cache of RDMA registrations needs, and no word on stdout.
+class LoadTimeSettings {
+ public:
+  LoadTimeSettings() {
+    for (Setting& setting : settings_) {
+      setting.ours = !std::getenv(setting.name);
+      if (setting.ours) setenv(setting.name, setting.value, 0);
+    }
+  }
+  ~LoadTimeSettings() {  // another UCX, loaded later, is none of our business
+    for (const Setting& setting : settings_)
+      if (setting.ours) unsetenv(setting.name);
+  }
+
+ private:
+  struct Setting {
+    const char *name, *value;
+    bool ours = false;
+  };
+  Setting settings_[2] = {{"UCX_MEM_EVENTS", "n"}, {"UCX_LOG_FILE", "stderr"}};
+};
+
 }  // namespace
 
 UcxLibrary::UcxLibrary(const std::string& path) {
+  const LoadTimeSettings settings;
   // RTLD_LOCAL: another UCX of this process, an MPI's, keeps its own symbols. RTLD_NODELETE: its threads and its
   // handlers at exit must not lose their code.
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);

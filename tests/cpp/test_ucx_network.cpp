@@ -72,9 +72,8 @@ void released_when_landed() {
 void memory_is_guarded() {
   UcxRanks ranks(1 << 16, {0, 1});
   UcxNetwork network(ranks.fabrics[0], {{0, 0}, {1, 0}});
-  // As much as there is, less than the sender says there is.
-  std::vector<std::byte> payload(1 << 16, std::byte{9});
   const size_t end = 1 << 16;
+  std::vector<std::byte> payload(end + 8, std::byte{9});
   network.put({1, end - 8, payload.data(), 16, 0, 1});
   network.put({1, size_t(0) - 8, payload.data(), 16, 0, 1});
   network.put({1, 0, payload.data(), end + 8, 0, 1});
