@@ -20,7 +20,7 @@ class UcxNetwork final : public HostNetwork, UcxFabric::Listener {
   ~UcxNetwork() override;
 
   void put(const Put& put) override;
-  bool quiet() override { return !awaited(); }
+  bool quiet() override;
   void release_when_landed(uint32_t* word, uint32_t value) override;
   bool alive(int pe) override { return fabric_->reachable(places_[pe].rank); }
   std::optional<int> awaited() override;
