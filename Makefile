@@ -63,8 +63,8 @@ test-cpp: test-cpp-plain test-cpp-thread test-cpp-address
 
 # A new compiler's new warning must not stop a newcomer; our own runs treat it as an error.
 configure_cpp = $(BIN)/cmake -S . -B build/cpp-$(1) -G Ninja --log-level=WARNING \
-                -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DFLASHMOE_PYTHON=OFF -DFLASHMOE_TESTS=ON \
-                -DFLASHMOE_SANITIZE=$(filter-out plain,$(1)) -DFLASHMOE_WERROR=$(if $(CI),ON,OFF)
+                -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+                -DFLASHMOE_PYTHON=OFF -DFLASHMOE_TESTS=ON -DFLASHMOE_SANITIZE=$(filter-out plain,$(1)) -DFLASHMOE_WERROR=$(if $(CI),ON,OFF)
 
 test-cpp-%: $(VENV)/.requirements
 	$(call section,C++ tests: $*)

@@ -115,6 +115,14 @@ def nvshmem_in_its_room(sources):
             yield f"{path} names NVSHMEM"
 
 
+def ucx_in_its_room(sources):
+    """Headers of UCX, which need not be there, in files that are left out then."""
+    for path, text in core(sources).items():
+        if not re.fullmatch(r"csrc/platform/ucx_\w+\.(h|cpp)|csrc/bindings_ucx\.cpp", path):
+            names = (name for name, _ in includes(text))
+            yield from (f"{path} includes {name}" for name in names if re.match(r"uc[pst]/|platform/ucx_", name))
+
+
 def nothing_ends_the_process(sources):
     """A user's mistake is an exception; a library never ends the process it lives in."""
     ends = re.compile(r"(?<![\w.>])(?:exit|_exit|_Exit|quick_exit|abort|terminate|assert|__builtin_trap)\s*\(")
@@ -204,6 +212,14 @@ PLANTED = {
             {"csrc/runtime/moe_host.cpp": '#include "platform/nvshmem.cuh"'},
         ],
         {"csrc/platform/nvshmem.cuh": "#include <nvshmem.h>", "csrc/bindings.cpp": 'd["nvshmem"] = false;  // NVSHMEM'},
+    ),
+    ucx_in_its_room: (
+        [
+            {"csrc/platform/host.h": "#include <ucp/api/ucp.h>"},
+            {"csrc/runtime/moe_host.cpp": '#include "platform/ucx_network.h"'},
+            {"csrc/bindings.cpp": '#include "platform/ucx_fabric.h"'},
+        ],
+        {"csrc/platform/ucx_library.h": "#include <ucp/api/ucp.h>", "csrc/bindings.cpp": '#include "bindings_ucx.h"'},
     ),
     nothing_ends_the_process: (
         [
