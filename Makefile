@@ -2,7 +2,8 @@
 # make test     C++ tests (plain, ThreadSanitizer, AddressSanitizer + UBSan), CUDA, then pytest; PYTEST_ARGS="-k ..."
 # make cuda     builds the CUDA half for every architecture, checks its machine code, and loads it; needs no GPU
 # make verify   the protocol's model, exhaustively (needs the model checker `spin`)
-# make build    the extension alone           make bench   the C++ benches, into build/cpp-plain/
+# make bench    the C++ benches, into build/cpp-plain/, and `flashmoe bench micro`; MICRO_ARGS="-k ... --json FILE"
+# make build    the extension alone
 # make clean    removes what was built, keeps the virtual environment
 #
 # PYTHON is the interpreter that the virtual environment VENV is made from. Stamp files make a second call quick.
@@ -80,9 +81,12 @@ cuda: $(VENV)/.requirements-cuda
 	$(call section,CUDA: machine code)
 	$(BIN)/python tools/check_cuda.py
 
-bench: $(VENV)/.requirements
+bench: build $(VENV)/.requirements-test
+	$(call section,C++ benches)
 	$(call configure_cpp,plain)
 	$(BIN)/cmake --build build/cpp-plain --target benches
+	$(call section,flashmoe bench micro)
+	$(BIN)/flashmoe bench micro $(MICRO_ARGS)
 
 verify:
 	$(call section,Model of the protocol)

@@ -7,6 +7,7 @@ from pathlib import Path
 from . import baselines
 from .argument_types import baseline_names, count, positive, seconds
 from .bench_layer import PAPER_CAPACITY, bench, configurations, in_a_world
+from .bench_micro import bench_micro
 from .cores import usable_cores
 from .models import SHAPES
 from .run_options import DTYPES, RunOptions
@@ -19,6 +20,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     """What can be benched, one command each."""
     commands = parser.add_subparsers(required=True, metavar="WHAT")
     _add_layer(commands)
+    _add_micro(commands)
 
 
 def _add_layer(commands: argparse._SubParsersAction) -> None:
@@ -53,6 +55,19 @@ def _add_layer(commands: argparse._SubParsersAction) -> None:
         help=f"all, none, or some of: {', '.join(baselines.NAMES)} (default: all that fit the ranks)")
     add("--out", type=Path, metavar="FOLDER", help="write a record of each there, for `flashmoe report`")
     layer.set_defaults(command=_bench_layer, parser=layer)
+
+
+def _add_micro(commands: argparse._SubParsersAction) -> None:
+    micro = commands.add_parser(
+        "micro", help="the parts that a call is made of, one by one",
+        description="Measures puts and signals by transport, the plan, dispatch, gather, tile products, activations, "
+        "combine, queues, epochs and calls, each checked once; on a GPU where there is one. The same as `pytest "
+        "bench/micro` in a checkout.",
+    )  # fmt: skip
+    micro.add_argument("-k", dest="chosen", metavar="EXPRESSION", help="only those whose names match, as pytest's -k")
+    micro.add_argument("--json", type=Path, metavar="FILE", help="write pytest-benchmark's JSON there")
+    micro.add_argument("--thorough", action="store_true", help="more sizes, many minutes")
+    micro.set_defaults(command=lambda options, _: bench_micro(options.chosen, options.json, options.thorough))
 
 
 def _bench_layer(options: argparse.Namespace, arguments: list[str]) -> int:

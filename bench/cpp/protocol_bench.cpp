@@ -17,27 +17,11 @@
 #include "platform/host.h"
 #include "platform/shared_segment.h"
 #include "runtime/moe.h"
+#include "tiny_call.h"
 
 namespace {
 
 using namespace flashmoe;
-
-constexpr int kHidden = 64, kIntermediate = 64, kExperts = 4, kTopK = 2;
-
-// A tiny layer of float32; `to` is the first of the two experts that every token is sent to.
-struct TinyCall {
-  std::vector<float> x, y, weights, gate_up, down;
-  std::vector<int32_t> ids;
-  ForwardArgs args;
-
-  TinyCall(int num_tokens, int ep_size, int to)
-      : x(num_tokens * kHidden, 0.5f), y(x.size()), weights(num_tokens * kTopK, 0.5f),
-        gate_up(kExperts / ep_size * 2 * kIntermediate * kHidden, 0.01f), down(kExperts / ep_size * kHidden * kIntermediate, 0.01f) {
-    for (int i = 0; i < num_tokens * kTopK; ++i) ids.push_back(to + i % kTopK);
-    args = {x.data(), ids.data(), 4, weights.data(), gate_up.data(), nullptr, down.data(), nullptr, y.data(), nullptr,
-            num_tokens, kTopK, kHidden, kIntermediate, kExperts, kExperts / ep_size, 0, DType::kFloat32, Activation::kSilu, true};
-  }
-};
 
 std::vector<double> time_calls(Group& group, int num_tokens, int to, int calls) {
   TinyCall call(num_tokens, group.options().limits.ep_size, to);
@@ -57,11 +41,6 @@ void report(const std::string& what, std::vector<double> us) {
   std::printf("%-52s p50 %7.2f us   p95 %7.2f us   mean %7.2f us\n", what.c_str(), us[us.size() / 2], us[us.size() * 95 / 100], sum / us.size());
   std::fflush(stdout);
 }
-
-constexpr Limits kTwo{2, 8, kHidden * 4, kTopK, kExperts};
-
-// Each rank sends its tokens to the other's experts.
-int other(int rank) { return rank == 0 ? kExperts / 2 : 0; }
 
 void bench_threads(int num_tokens, int calls, const std::string& what) {
   GroupOptions options;

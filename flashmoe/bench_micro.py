@@ -1,0 +1,37 @@
+"""``flashmoe bench micro``: the benchmarks of a checkout's bench/micro, run by pytest in a process of its own."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent.parent / "bench" / "micro"
+
+
+def bench_micro(chosen: str | None, json: Path | None, thorough: bool) -> int:
+    """Runs those whose names match ``chosen`` (pytest's -k); pytest's exit code, 2 where something is missing."""
+    trouble = _missing()
+    if trouble:
+        print(f"FAILED {trouble}", file=sys.stderr)
+        return 2
+    command = [sys.executable, "-m", "pytest", str(FOLDER), "--rootdir", str(FOLDER.parents[1]), "--benchmark-quiet", "-q"]
+    if chosen is not None:
+        command += ["-k", chosen]
+    if json is not None:
+        json.parent.mkdir(parents=True, exist_ok=True)
+        command.append(f"--benchmark-json={json.resolve()}")
+    if thorough:
+        command.append("--thorough")
+    return subprocess.run(command, cwd=FOLDER.parents[1]).returncode
+
+
+def _missing() -> str | None:
+    if not (FOLDER / "conftest.py").exists():
+        return (
+            f"flashmoe bench micro needs a checkout's bench/micro beside the package, and there is no {FOLDER}: "
+            "in a clone, `make bench`, or `pip install -e .[test]` and then this command"
+        )
+    for module, distribution in (("pytest", "pytest"), ("pytest_benchmark", "pytest-benchmark")):
+        if importlib.util.find_spec(module) is None:
+            return f"flashmoe bench micro needs {distribution}, which is not installed: `pip install 'flashmoe[test]'`"
+    return None
