@@ -35,13 +35,13 @@ def test_python_operations(tmp_path):
 
 
 def test_primitives_are_built_and_measured(tmp_path):
-    found = run(tmp_path, "test_take_alone or (test_signal and processes-8192)")
-    assert set(found) == {"test_take_alone[6]", "test_signal[processes-8192]"}
-    signal = found["test_signal[processes-8192]"]
-    assert signal["group"] == "bench_transports" and signal["options"]["timer"] == "conftest.seconds_of_operations"
+    found = run(tmp_path, "test_take_alone or (test_signal and processes-size8192)")
+    assert set(found) == {"test_take_alone[tiles6]", "test_signal[processes-size8192]"}
+    signal = found["test_signal[processes-size8192]"]
+    assert signal["group"] == "bench_transports" and signal["options"]["timer"].endswith("seconds_of_operations")
     rate = signal["extra_info"]["bytes_per_s"]
     assert rate == pytest.approx(8192 / signal["stats"]["median"])
-    assert found["test_take_alone[6]"]["stats"]["median"] < 1e-4
+    assert found["test_take_alone[tiles6]"]["stats"]["median"] < 1e-4
 
 
 def test_what_is_missing_is_named(tmp_path, monkeypatch, capsys):

@@ -35,8 +35,15 @@ def load() -> ModuleType:
 def _build_folder() -> Path:
     """Where setup.py built last for this interpreter, so that the core is compiled already; else one of our own."""
     name = f"{sys.implementation.cache_tag}-{platform.machine()}"
-    built = [path.parent for path in (ROOT / "build").glob(f"{name}-*/CMakeCache.txt")]
+    built = [cache.parent for cache in (ROOT / "build").glob(f"{name}-*/CMakeCache.txt") if _is_as_shipped(cache)]
     return max(built, key=lambda folder: folder.stat().st_mtime, default=ROOT / "build" / f"{name}-micro")
+
+
+def _is_as_shipped(cache: Path) -> bool:
+    """Optimised, not slowed down by a sanitizer, and of this checkout, which may have been moved or copied."""
+    lines = cache.read_text().splitlines()
+    wanted = ("CMAKE_BUILD_TYPE:STRING=Release", "FLASHMOE_SANITIZE:STRING=", f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}")
+    return all(line in lines for line in wanted)
 
 
 def _tool(name: str) -> str:

@@ -38,7 +38,13 @@ def pytest_configure(config):
 def pytest_generate_tests(metafunc):
     for mark in metafunc.definition.iter_markers("sizes"):
         name, quick, more = mark.args
-        metafunc.parametrize(name, [*quick, *more] if metafunc.config.getoption("thorough") else quick)
+        values = [*quick, *more] if metafunc.config.getoption("thorough") else quick
+        metafunc.parametrize(name, values, ids=[_named(name, value) for value in values])
+
+
+def _named(name: str, value: object) -> str:
+    """A number with its name, as tokens16; of several arguments the values."""
+    return f"{name}{value}" if isinstance(value, int) else "-".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 def pytest_collection_modifyitems(items):
