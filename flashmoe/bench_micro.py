@@ -14,7 +14,8 @@ def bench_micro(chosen: str | None, json: Path | None, thorough: bool) -> int:
     if trouble:
         print(f"FAILED {trouble}", file=sys.stderr)
         return 2
-    command = [sys.executable, "-m", "pytest", str(FOLDER), "--rootdir", str(FOLDER.parents[1]), "--benchmark-quiet", "-q"]
+    root = FOLDER.parents[1]
+    command = [sys.executable, "-m", "pytest", str(FOLDER), "--rootdir", str(root), "--benchmark-quiet", "-q"]
     if chosen is not None:
         command += ["-k", chosen]
     if json is not None:
@@ -22,7 +23,7 @@ def bench_micro(chosen: str | None, json: Path | None, thorough: bool) -> int:
         command.append(f"--benchmark-json={json.resolve()}")
     if thorough:
         command.append("--thorough")
-    return subprocess.run(command, cwd=FOLDER.parents[1]).returncode
+    return subprocess.run(command, cwd=root).returncode
 
 
 def _missing() -> str | None:

@@ -25,7 +25,7 @@ class Drawn:
         self.per_rank = EXPERTS // ranks
 
     def slots(self, rank: int) -> list[int]:
-        """Rank 0's tokens that travel to ``rank``, each once, in the order of the experts there that need them first."""
+        """Rank 0's tokens that travel to ``rank``, each once, in the order of the experts there that need them."""
         owned = range(rank * self.per_rank, (rank + 1) * self.per_rank)
         tokens = [token for expert in owned for token in (self.ids[0] == expert).any(-1).nonzero().flatten().tolist()]
         return list(dict.fromkeys(tokens))

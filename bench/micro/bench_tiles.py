@@ -1,4 +1,4 @@
-"""The CPU engine's tile products by instruction set, shape and rows, on weights that no cache holds and on warm ones."""
+"""The CPU engine's tile products by instruction set, shape and rows, on weights that no cache holds or on warm ones."""
 
 import functools
 

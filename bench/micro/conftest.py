@@ -42,9 +42,11 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize(name, values, ids=[_named(name, value) for value in values])
 
 
-def _named(name: str, value: object) -> str:
+def _named(name: str, value: int | str | tuple) -> str:
     """A number with its name, as tokens16; of several arguments the values."""
-    return f"{name}{value}" if isinstance(value, int) else "-".join(map(str, value)) if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return "-".join(map(str, value))
+    return f"{name}{value}" if isinstance(value, int) else value
 
 
 def pytest_collection_modifyitems(items):
@@ -107,10 +109,13 @@ def measure(benchmark, request) -> Callable[..., float]:
 
 def _line(median: float, low: float, high: float, rates: dict[str, float]) -> str:
     text = f"{_time(median):>8}  ({_time(low)} – {_time(high)})"
-    units = {"bytes_per_s": (1e9, "GB/s"), "flops_per_s": (1e9, "GFLOP/s"), "items_per_s": (1e6, "million/s")}
-    return f"{text:<34}" + "  ".join(
-        f"{rate / units[name][0]:8.2f} {units[name][1]}" for name, rate in rates.items() if rate
-    )
+    units = {"bytes_per_s": "B/s", "flops_per_s": "FLOP/s", "items_per_s": "/s"}
+    return f"{text:<34}" + "  ".join(f"{_rate(rate)}{units[name]}" for name, rate in rates.items() if rate)
+
+
+def _rate(per_second: float) -> str:
+    factor, prefix = next(pair for pair in ((1e9, "G"), (1e6, "M"), (1e3, "k"), (0, "")) if per_second >= pair[0])
+    return f"{per_second / (factor or 1):8.2f} {prefix}"
 
 
 def _time(seconds: float) -> str:

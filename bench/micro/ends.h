@@ -24,14 +24,18 @@ inline constexpr const char* kTransports[] = {"threads", "processes", "rehearsal
 
 class Ends {
  public:
-  explicit Ends(const std::string& transport) : forked_(transport == "processes"), source_(kDataBytes), stage_(kDataBytes) {
+  explicit Ends(const std::string& transport)
+      : forked_(transport == "processes"), source_(kDataBytes), stage_(kDataBytes) {
     bool known = false;
     for (const char* name : kTransports) known = known || transport == name;
     if (!known) throw std::invalid_argument("there is no transport " + transport);
     for (int rank = 0; rank < 2; ++rank) heaps_.push_back(allocate());
     make_ends(transport == "rehearsal");
     uint32_t number = 1;
-    for (size_t i = 0; i < kDataBytes; i += sizeof number) std::memcpy(&source_[i], &number, sizeof number), number *= 2654435761u;
+    for (size_t i = 0; i < kDataBytes; i += sizeof number) {
+      std::memcpy(&source_[i], &number, sizeof number);
+      number *= 2654435761u;
+    }
   }
 
   // Seconds of each of `n` puts of `bytes` from rank 0 to rank 1, the last of which has landed. Cold: from and to
@@ -64,8 +68,12 @@ class Ends {
   double ping_pong(size_t bytes, int n) {
     const uint64_t first = word_ + 1;
     word_ += n;
-    return 0.5 * beside([&] { return seconds_each(n, [&](int i) { send(0, bytes, first + i), receive(0, bytes, first + i); }); },
-                        [&] { for (int i = 0; i < n; ++i) receive(1, bytes, first + i), send(1, bytes, first + i); });
+    const auto there_and_back = [&] {
+      return seconds_each(n, [&](int i) { send(0, bytes, first + i), receive(0, bytes, first + i); });
+    };
+    return 0.5 * beside(there_and_back, [&] {
+      for (int i = 0; i < n; ++i) receive(1, bytes, first + i), send(1, bytes, first + i);
+    });
   }
 
  private:

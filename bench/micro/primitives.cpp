@@ -51,10 +51,10 @@ PYBIND11_MODULE(_micro, m) {
       .def("ping_pong", &Ends::ping_pong, py::arg("bytes"), py::arg("n"), unlocked());
 
   py::class_<PlannedRanks>(m, "PlannedRanks")
-      .def(py::init([](int ep_size, int num_tokens, int hidden_size, int num_experts, int top_k, uintptr_t x, int copies,
-                       uintptr_t ids) {
-             return std::make_unique<PlannedRanks>(ep_size, num_tokens, hidden_size, num_experts, top_k, at(x), copies,
-                                                   at<int32_t>(ids));
+      .def(py::init([](int ep_size, int num_tokens, int hidden_size, int num_experts, int top_k, uintptr_t x,
+                       int copies, uintptr_t ids) {
+             return std::make_unique<PlannedRanks>(ep_size, num_tokens, hidden_size, num_experts, top_k, at(x),
+                                                   copies, at<int32_t>(ids));
            }),
            py::arg("ep_size"), py::arg("num_tokens"), py::arg("hidden_size"), py::arg("num_experts"), py::arg("top_k"),
            py::arg("x"), py::arg("copies"), py::arg("ids"))
@@ -69,25 +69,30 @@ PYBIND11_MODULE(_micro, m) {
       .def("slot_tokens", &PlannedRanks::slot_tokens, py::arg("destination"));
 
   py::class_<Tiles>(m, "Tiles")
-      .def(py::init([](const std::string& isa, int dtype, int activation, bool gated, int hidden_size, int intermediate_size) {
-             return Tiles(isa, {DType(dtype), Activation(activation), gated, hidden_size, intermediate_size});
+      .def(py::init([](const std::string& isa, int dtype, int activation, bool gated, int hidden_size, int inner) {
+             return Tiles(isa, {DType(dtype), Activation(activation), gated, hidden_size, inner});
            }),
            py::arg("isa"), py::arg("dtype"), py::arg("activation"), py::arg("gated"), py::arg("hidden_size"),
            py::arg("intermediate_size"))
       .def_property_readonly("up_cols", &Tiles::up_cols)
       .def_property_readonly("down_cols", &Tiles::down_cols)
       .def("up",
-           [](Tiles& t, uintptr_t x, int num_rows, uintptr_t gate_up, int num_experts, uintptr_t h, bool cold, uint64_t from,
-              int n) { return t.up(at(x), num_rows, at(gate_up), num_experts, at<float>(h), cold, from, n); },
+           [](Tiles& t, uintptr_t x, int num_rows, uintptr_t gate_up, int num_experts, uintptr_t h, bool cold,
+              uint64_t from, int n) {
+             return t.up(at(x), num_rows, at(gate_up), num_experts, at<float>(h), cold, from, n);
+           },
            py::arg("x"), py::arg("num_rows"), py::arg("gate_up"), py::arg("num_experts"), py::arg("h"), py::arg("cold"),
            py::arg("start"), py::arg("n"), unlocked())
       .def("down",
-           [](Tiles& t, uintptr_t h, int num_rows, uintptr_t down, int num_experts, uintptr_t y, bool cold, uint64_t from,
-              int n) { return t.down(at<float>(h), num_rows, at(down), num_experts, at(y), cold, from, n); },
+           [](Tiles& t, uintptr_t h, int num_rows, uintptr_t down, int num_experts, uintptr_t y, bool cold,
+              uint64_t from, int n) {
+             return t.down(at<float>(h), num_rows, at(down), num_experts, at(y), cold, from, n);
+           },
            py::arg("h"), py::arg("num_rows"), py::arg("down"), py::arg("num_experts"), py::arg("y"), py::arg("cold"),
            py::arg("start"), py::arg("n"), unlocked())
       .def("combine",
-           [](Tiles& t, uintptr_t rows, uintptr_t index, uintptr_t weights, int num_tokens, int top_k, uintptr_t y, int n) {
+           [](Tiles& t, uintptr_t rows, uintptr_t index, uintptr_t weights, int num_tokens, int top_k, uintptr_t y,
+              int n) {
              return t.combine(at(rows), at<int32_t>(index), at<float>(weights), num_tokens, top_k, at(y), n);
            },
            py::arg("rows"), py::arg("index"), py::arg("weights"), py::arg("num_tokens"), py::arg("top_k"), py::arg("y"),

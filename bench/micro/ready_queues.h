@@ -19,7 +19,7 @@ inline double take_alone(uint32_t tiles, int n) {
   const double seconds = seconds_each(int(ceil_div<uint32_t>(n, 2 * tiles)), [&](int block) {
     P::store_release(&up.published, uint32_t(block + 1));
     for (uint32_t tile = 0; tile < tiles; ++tile)
-      wrong += !take_up<P>(up, kRing, tiles, up_ticket, task) || task.ring_slot != block % kRing || task.tile != int(tile);
+      wrong += !take_up<P>(up, kRing, tiles, up_ticket, task) || task.tile != int(tile);
     push_down<P>(down, entries, kPlaces, block % kRing);
     for (uint32_t tile = 0; tile < tiles; ++tile)
       wrong += !take_down<P>(down, entries, kPlaces, tiles, down_ticket, task) || task.tile != int(tile);
@@ -37,9 +37,11 @@ inline double take_together(int workers, uint32_t tiles, int n) {
     if (worker == 0) begin = P::now_ns();
     uint32_t ticket = kNoTicket;
     uint64_t sum = 0;
-    for (TileTask task; take_up<P>(up, blocks, tiles, ticket, task);) sum += uint64_t(task.ring_slot) * tiles + task.tile;
+    for (TileTask task; take_up<P>(up, blocks, tiles, ticket, task);)
+      sum += uint64_t(task.ring_slot) * tiles + task.tile;
     numbers += sum;
-    for (uint64_t now = P::now_ns(), before = last; before < now && !last.compare_exchange_weak(before, now);) {
+    const uint64_t now = P::now_ns();
+    for (uint64_t before = last; before < now && !last.compare_exchange_weak(before, now);) {
     }
     return 0.0;
   });
@@ -48,8 +50,8 @@ inline double take_together(int workers, uint32_t tiles, int n) {
   return double(last - begin) * 1e-9 / double(all);
 }
 
-// Seconds from one worker's publishing of a tile to another's having it: half of a row block's way from the scheduler's
-// thread through an up tile on the other thread, back as a down tile.
+// Seconds from one worker's publishing of a tile to another's having it: half of a row block's way to the other thread
+// as an up tile, and back as a down tile.
 inline double hand_off(int n) {
   constexpr uint32_t kRing = 16, kPlaces = num_down_places(kRing);
   UpQueue up{};

@@ -9,7 +9,8 @@ namespace flashmoe::micro {
 // Seconds of each of `n` calls of rank 0 and one of the numbers that they compute, all of which are the same. Ranks are
 // threads of one worker each that send `num_tokens` tokens to the next rank's experts; with a seed, by the rehearsal
 // network.
-inline std::pair<double, float> tiny_calls(int ep_size, int num_tokens, std::optional<uint64_t> remote_only_seed, int n) {
+inline std::pair<double, float> tiny_calls(int ep_size, int num_tokens, std::optional<uint64_t> remote_only_seed,
+                                           int n) {
   GroupOptions options;
   options.name = "tiny calls", options.limits = {ep_size, 8, kHidden * 4, kTopK, kExperts};
   options.remote_only_seed = remote_only_seed, options.timeout_s = options.entry_timeout_s = 20;
