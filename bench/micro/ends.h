@@ -2,7 +2,7 @@
 //
 //   threads     the other's heap is memory of this process
 //   processes   it is shared memory, and the other rank a forked process
-//   rehearsal   puts are delayed and reordered (platform/host_network.h), and carried by a thread of their own
+//   rehearsal   puts are delayed and reordered (platform/rehearsal_network.h), and carried by a thread of their own
 //
 // What is measured uses the platform's verbs alone. So a transport between hosts needs its two ends made in
 // make_ends(), and its name in kTransports, to be in every benchmark of transports.
@@ -15,6 +15,7 @@
 #include <optional>
 #include <string>
 
+#include "platform/rehearsal_network.h"
 #include "platform/shared_segment.h"
 #include "stretch.h"
 
@@ -85,8 +86,8 @@ class Ends {
 
   void make_ends(bool rehearsal) {
     for (int rank = 0; rank < 2; ++rank) {
-      std::unique_ptr<HostNetwork> network;
-      if (rehearsal) network = std::make_unique<HostNetwork>(7 + rank);
+      std::shared_ptr<HostNetwork> network;
+      if (rehearsal) network = std::make_shared<RehearsalNetwork>(7 + rank, heaps_);
       ends_[rank].emplace(rank, heaps_, std::vector<int>{0, 0}, std::move(network));
     }
   }
