@@ -3,9 +3,10 @@
 //   threads     the other's heap is memory of this process
 //   processes   it is shared memory, and the other rank a forked process
 //   rehearsal   puts are delayed and reordered (platform/rehearsal_network.h), and carried by a thread of their own
+//   ucx         what UCX takes between ranks of one host that map nothing of each other, if it is built in
 //
-// What is measured uses the platform's verbs alone. So a transport between hosts needs its two ends made in
-// make_ends(), and its name in kTransports, to be in every benchmark of transports.
+// What is measured uses the platform's verbs alone: another transport needs its two ends made in make_ends(), and its
+// name in kTransports.
 #pragma once
 
 #include <sys/wait.h>
@@ -18,20 +19,28 @@
 #include "platform/rehearsal_network.h"
 #include "platform/shared_segment.h"
 #include "stretch.h"
+#ifdef FLASHMOE_WITH_UCX
+#include "platform/ucx_network.h"
+#endif
 
 namespace flashmoe::micro {
 
-inline constexpr const char* kTransports[] = {"threads", "processes", "rehearsal"};
+inline constexpr const char* kTransports[] = {
+    "threads", "processes", "rehearsal",
+#ifdef FLASHMOE_WITH_UCX
+    "ucx",
+#endif
+};
 
 class Ends {
  public:
-  explicit Ends(const std::string& transport)
+  Ends(const std::string& transport, const std::string& ucx_library)
       : forked_(transport == "processes"), source_(kDataBytes), stage_(kDataBytes) {
     bool known = false;
     for (const char* name : kTransports) known = known || transport == name;
     if (!known) throw std::invalid_argument("there is no transport " + transport);
     for (int rank = 0; rank < 2; ++rank) heaps_.push_back(allocate());
-    make_ends(transport == "rehearsal");
+    make_ends(transport, ucx_library);
     uint32_t number = 1;
     for (size_t i = 0; i < kDataBytes; i += sizeof number) {
       std::memcpy(&source_[i], &number, sizeof number);
@@ -79,26 +88,44 @@ class Ends {
 
  private:
   static constexpr size_t kDataBytes = 64 << 20, kSignalWords = 512, kSignals = 0, kData = kSignalWords * 8;
+  static constexpr size_t kHeapBytes = kData + kDataBytes;
   static constexpr size_t kUnderWay = 16;  // puts between two waits for what is staged
 
   static size_t stride(size_t bytes) { return round_up(std::max<size_t>(bytes, 1), 128); }
   static size_t places_of(size_t bytes, bool cold) { return cold ? kDataBytes / stride(bytes) : 1; }
 
-  void make_ends(bool rehearsal) {
-    for (int rank = 0; rank < 2; ++rank) {
-      std::shared_ptr<HostNetwork> network;
-      if (rehearsal) network = std::make_shared<RehearsalNetwork>(7 + rank, heaps_);
-      ends_[rank].emplace(rank, heaps_, std::vector<int>{0, 0}, std::move(network));
+  void make_ends(const std::string& transport, [[maybe_unused]] const std::string& ucx_library) {
+    std::shared_ptr<HostNetwork> networks[2];
+    std::vector<std::byte*> mapped[2] = {heaps_, heaps_};
+    if (transport == "rehearsal")
+      for (int rank = 0; rank < 2; ++rank) networks[rank] = std::make_shared<RehearsalNetwork>(7 + rank, heaps_);
+#ifdef FLASHMOE_WITH_UCX
+    if (transport == "ucx") {
+      std::shared_ptr<UcxFabric> fabrics[2];
+      for (int rank = 0; rank < 2; ++rank)
+        fabrics[rank] = std::make_shared<UcxFabric>(ucx_library, nullptr, heaps_[rank], kHeapBytes, rank, 2);
+      together(2, [&](int rank) {
+        std::vector<std::optional<UcxFabric::Address>> far(2);
+        far[1 - rank] = fabrics[1 - rank]->address();
+        if (fabrics[rank]->connect(far, 20)) throw std::runtime_error("the ends do not reach each other by UCX");
+        return 0.0;
+      });
+      for (int rank = 0; rank < 2; ++rank) {
+        mapped[rank][1 - rank] = nullptr;
+        networks[rank] = std::make_shared<UcxNetwork>(fabrics[rank], std::vector<UcxNetwork::Place>{{0, 0}, {1, 0}});
+      }
     }
+#endif
+    for (int rank = 0; rank < 2; ++rank)
+      ends_[rank].emplace(rank, mapped[rank], std::vector<int>{0, 0}, std::move(networks[rank]));
   }
 
   std::byte* allocate() {
-    constexpr size_t kBytes = kData + kDataBytes;
     if (forked_) {
-      segments_.push_back(SharedSegment::create(kBytes));
+      segments_.push_back(SharedSegment::create(kHeapBytes));
       return segments_.back()->data();
     }
-    memory_.push_back(std::make_unique<Line[]>(kBytes / sizeof(Line)));
+    memory_.push_back(std::make_unique<Line[]>(kHeapBytes / sizeof(Line)));
     return reinterpret_cast<std::byte*>(memory_.back().get());
   }
 
@@ -108,7 +135,7 @@ class Ends {
       segments_[rank] = SharedSegment::attach(segments_[rank]->fd(), segments_[rank]->bytes());
       heaps_[rank] = segments_[rank]->data();
     }
-    make_ends(false);
+    make_ends("processes", "");
   }
 
   // The payload ends in its own number, so that one which came after its signal is noticed.

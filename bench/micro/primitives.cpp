@@ -45,7 +45,7 @@ PYBIND11_MODULE(_micro, m) {
   m.def("isas", &isas);
 
   py::class_<Ends>(m, "Ends")
-      .def(py::init<const std::string&>(), py::arg("transport"))
+      .def(py::init<const std::string&, const std::string&>(), py::arg("transport"), py::arg("ucx_library"), unlocked())
       .def("put", &Ends::put, py::arg("bytes"), py::arg("cold"), py::arg("n"), unlocked())
       .def("landed", &Ends::landed, py::arg("bytes"), py::arg("cold"), py::arg("n"))
       .def("ping_pong", &Ends::ping_pong, py::arg("bytes"), py::arg("n"), unlocked());
