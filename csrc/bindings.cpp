@@ -106,6 +106,35 @@ py::tuple trace(const Group& group) {
   return py::make_tuple(workers, lost);
 }
 
+#ifdef FLASHMOE_WITH_CUDA
+// What Python holds, for as long as the last copy of this lives.
+std::shared_ptr<void> kept(const py::object& object) {
+  return {new py::object(object), [](void* held) {
+            const py::gil_scoped_acquire acquire;
+            delete static_cast<py::object*>(held);
+          }};
+}
+
+// With the addresses of mapped heaps (0: not mapped): one rank of a group of several processes.
+std::shared_ptr<CudaTeam> make_cuda_team(int device, std::optional<Limits> limits, double timeout_s,
+                                         double entry_timeout_s, int sm_margin, bool exact, int missing_ranks,
+                                         const std::string& name, int ep_rank, const std::vector<int>& global_ranks,
+                                         const std::vector<uintptr_t>& mapped, const std::vector<uintptr_t>& symmetric,
+                                         const std::vector<int>& pes, uintptr_t stage, size_t stage_bytes,
+                                         const std::vector<py::object>& keep) {
+  CudaOptions o{device, limits, timeout_s, entry_timeout_s, sm_margin, exact, missing_ranks, std::nullopt, {}};
+  if (!mapped.empty()) {
+    CudaPeers& peers = o.peers.emplace();
+    peers.name = name, peers.ep_rank = ep_rank, peers.global_ranks = global_ranks, peers.pes = pes;
+    for (uintptr_t heap : mapped) peers.mapped.push_back(reinterpret_cast<std::byte*>(heap));
+    for (uintptr_t heap : symmetric) peers.symmetric.push_back(reinterpret_cast<std::byte*>(heap));
+    peers.stage = reinterpret_cast<std::byte*>(stage), peers.stage_bytes = stage_bytes;
+  }
+  for (const py::object& object : keep) o.keep.push_back(kept(object));
+  return std::make_shared<CudaTeam>(o);
+}
+#endif
+
 py::dict build_info() {
   py::dict features;
   py::dict d;
@@ -191,21 +220,26 @@ PYBIND11_MODULE(_C, m) {
 #ifdef FLASHMOE_WITH_CUDA
   m.def("num_cuda_devices", &num_cuda_devices);
   py::class_<ForwardArgs>(m, "ForwardArgs").def(py::init(&forward_args));
+  // CUmodule handles of the kernels that call NVSHMEM: its host library must know of each.
+  m.def("nvshmem_modules", [] {
+    std::vector<uintptr_t> modules;
+    for (void* module : nvshmem_modules()) modules.push_back(reinterpret_cast<uintptr_t>(module));
+    return modules;
+  });
   py::class_<CudaTeam, std::shared_ptr<CudaTeam>>(m, "CudaTeam")
-      .def(py::init([](int device, std::optional<Limits> limits, double timeout_s, double entry_timeout_s, int sm_margin,
-                       bool exact, int missing_ranks) {
-             return std::make_shared<CudaTeam>(
-                 CudaOptions{device, limits, timeout_s, entry_timeout_s, sm_margin, exact, missing_ranks});
-           }),
-           py::arg("device"), py::arg("limits") = py::none(), py::arg("timeout_s") = 60.0,
+      .def(py::init(&make_cuda_team), py::arg("device"), py::arg("limits") = py::none(), py::arg("timeout_s") = 60.0,
            py::arg("entry_timeout_s") = 600.0, py::arg("sm_margin") = 0, py::arg("exact") = false,
-           py::arg("missing_ranks") = 0)
+           py::arg("missing_ranks") = 0, py::arg("name") = "", py::arg("ep_rank") = 0,
+           py::arg("global_ranks") = std::vector<int>(), py::arg("mapped") = std::vector<uintptr_t>(),
+           py::arg("symmetric") = std::vector<uintptr_t>(), py::arg("pes") = std::vector<int>(), py::arg("stage") = 0,
+           py::arg("stage_bytes") = 0, py::arg("keep") = std::vector<py::object>())
       .def("forward",
            [](CudaTeam& team, const std::vector<ForwardArgs>& ranks, uintptr_t stream, bool tf32) {
              py::gil_scoped_release release;
              team.forward(ranks, reinterpret_cast<void*>(stream), tf32);
            },
            py::arg("ranks"), py::arg("stream"), py::arg("tf32") = false)
+      .def_static("stage_bytes", &CudaTeam::stage_bytes, py::arg("limits"))
       .def("check", &CudaTeam::check, py::call_guard<py::gil_scoped_release>())
       .def("tokens_per_expert", &CudaTeam::tokens_per_expert, py::arg("layer"), py::arg("rank") = 0,
            py::call_guard<py::gil_scoped_release>());

@@ -14,11 +14,14 @@ ROLES = ("dispatcher", "subscriber", "scheduler", "processor")
 PROTOCOL_LEVELS = {"config": 0, "group": 0, "platform": 0, "packet": 1, "task": 1, "signal": 1, "heap_layout": 1, "work": 1}
 PROTOCOL_LEVELS |= {"agent": 4, "crew": 4, "moe_kernel": 5}
 PROTOCOL_LEVELS |= dict.fromkeys(ROLES, 3)
-PLATFORMS = {"platform/host.h", "platform/cuda.h", "platform/nvshmem.cuh"}
+PLATFORMS = {"platform/host.h", "platform/cuda.h", "platform/nvshmem.h"}
 ENGINES = {"engine/cpu.h", "engine/exact.h", "engine/sm80.h", "engine/sm90.h"}
 # The contract that the roles are written against; every engine fulfils it.
 ENGINE_CONCEPT = "engine/tile_engine.h"
-NVSHMEM_FILES = {"csrc/platform/nvshmem.cuh", "csrc/runtime/moe_cuda.cu"}
+NVSHMEM_FILES = {
+    "csrc/bindings.cpp", "csrc/gpu/nvshmem_verbs.cuh", "csrc/platform/nvshmem.h", "csrc/runtime/moe_cuda.cu",
+    "csrc/runtime/moe_cuda.h",
+}  # fmt: skip
 SAYS_NOTHING = {"types", "utils", "util", "common", "misc", "helpers"}
 MAX_LINES = 300
 
@@ -209,9 +212,9 @@ PLANTED = {
         [
             {"csrc/platform/cuda.h": "nvshmem_ptr(p, pe);"},
             {"csrc/runtime/moe.h": "#include <nvshmem.h>"},
-            {"csrc/runtime/moe_host.cpp": '#include "platform/nvshmem.cuh"'},
+            {"csrc/runtime/moe_host.cpp": '#include "platform/nvshmem.h"'},
         ],
-        {"csrc/platform/nvshmem.cuh": "#include <nvshmem.h>", "csrc/bindings.cpp": 'd["nvshmem"] = false;  // NVSHMEM'},
+        {"csrc/gpu/nvshmem_verbs.cuh": "#include <nvshmem.h>", "csrc/bindings.cpp": 'd["nvshmem"] = false;  // NVSHMEM'},
     ),
     ucx_in_its_room: (
         [

@@ -49,6 +49,14 @@ struct Counters {
   DownQueue down;
 };
 
+// Memory of what travels to peers that are not mapped here, until it has landed: packets by peer, results by ring slot.
+FLASHMOE_HD inline size_t packet_stage_bytes(const HeapLayout& layout) {
+  return size_t(layout.limits.ep_size - 1) * (layout.header_stride + layout.inbox_stride);
+}
+FLASHMOE_HD inline size_t stage_bytes(const HeapLayout& layout, uint32_t ring_blocks) {
+  return packet_stage_bytes(layout) + size_t(ring_blocks) * kBlockM * layout.limits.max_wire_bytes;
+}
+
 struct Workspace {
   Counters* counters;
   Status* status;

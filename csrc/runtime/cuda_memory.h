@@ -46,6 +46,9 @@ class DeviceMemory {
     replayable_ = replayable_ || in_capture;
   }
 
+  // Some graph may be replayed at any time, also after this is gone.
+  bool is_replayable() const { return replayable_; }
+
   DeviceBuffer zeroed(size_t bytes) {
     if (in_capture_)
       throw std::runtime_error(

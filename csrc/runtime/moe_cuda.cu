@@ -1,14 +1,12 @@
 // The CUDA runtime of one GPU: a call is two launches, on memory that outlives it; failures are reported by the next.
 #include "runtime/moe_cuda.h"
 
-#include <atomic>
 #include <map>
-#include <tuple>
 
 #include "runtime/cuda_begin.h"
 #include "runtime/cuda_choice.h"
 #include "runtime/cuda_placement.h"
-#include "runtime/failure_report.h"
+#include "runtime/cuda_ranks.h"
 
 namespace flashmoe {
 namespace {
@@ -62,10 +60,12 @@ class CudaTeam::Impl {
         device_(checked_device(options.device)),
         limits_(options.limits.value_or(Limits{1, 0, 0, 1, 0})),
         ep_size_(limits_.ep_size),
+        ranks_(options, ep_size_),
         layout_(limits_),
         order_(CallOrder::of_device(device_)),
-        memory_(device_, order_) {
-    if (ep_size_ > kMaxVirtualRanks)
+        memory_(device_, order_),
+        failures_(ranks_, memory_) {
+    if (ranks_.count() > kMaxVirtualRanks)
       bad_argument("ep_size must be at most ", kMaxVirtualRanks, " on one GPU, got ", ep_size_);
     if (options.missing_ranks < 0 || options.missing_ranks >= ep_size_)
       bad_argument("missing_ranks must lie in [0, ", ep_size_, "), got ", options.missing_ranks);
@@ -73,19 +73,33 @@ class CudaTeam::Impl {
     capability_ = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device_) +
                   attribute(cudaDevAttrComputeCapabilityMinor, device_);
     const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device_);
-    blocks_per_rank_ = (multiprocessors - options.sm_margin) / ep_size_;
+    blocks_per_rank_ = (multiprocessors - options.sm_margin) / ranks_.count();
     if (options.sm_margin < 0 || blocks_per_rank_ < 1)
-      bad_argument("sm_margin must leave each of ", ep_size_, " ranks one of the ", multiprocessors,
+      bad_argument("sm_margin must leave each of ", ranks_.count(), " ranks one of the ", multiprocessors,
                    " multiprocessors, got ", options.sm_margin);
-    std::tie(failures_, device_failures_) = memory_.host_mapped<Status>(ep_size_);
-    heaps_.resize(ep_size_), workspaces_.resize(ep_size_);
+    workspaces_.resize(ranks_.count());
+    if (!options.peers) heaps_.resize(ep_size_);
     if (options.limits) lay_out(limits_, layout_.bytes);
+  }
+
+  // What peers may still write to is never given back: after a failure, and where a graph may be replayed.
+  ~Impl() {
+    if (options_.keep.empty()) return;
+    bool may_be_written = memory_.is_replayable();
+    try {
+      const std::lock_guard lock(order_.mutex);
+      order_.wait_on_host();
+      may_be_written = may_be_written || failures_.any();
+    } catch (const std::exception&) {
+      may_be_written = true;  // the context is lost
+    }
+    if (may_be_written) new std::vector(options_.keep);
   }
 
   void forward(const std::vector<ForwardArgs>& args, cudaStream_t stream, bool tf32) {
     const std::lock_guard lock(order_.mutex);
-    raise_failure();
-    const int ranks = ep_size_ - options_.missing_ranks;
+    failures_.raise_if_any();
+    const int ranks = ranks_.count() - options_.missing_ranks;
     if (int(args.size()) != ranks) bad_argument("a call needs the arguments of ", ranks, " ranks, got ", args.size());
     for (const ForwardArgs& a : args) check_rank(a, args[0]);
     const OnDevice here(device_);
@@ -97,15 +111,15 @@ class CudaTeam::Impl {
     BeginCall begin{};
     begin.machine = {
         .max_ring_blocks = kRingBlocks, .plan_warps = kernel.crew_warps, .hidden_bytes = kernel.hidden_bytes};
-    CudaLaunch launch{ranks_, {}, blocks_per_rank_, stream};
-    for (int r = 0; r < ranks; ++r) {
-      prepare(args[r], r, begin.machine, begin.rank[r]);
-      launch.calls.push_back(begin.rank[r].call);
-      launch.calls[r].rank_begin = placements_.of(args[r], ep_size_, r, memory_).rank_begin.data();
+    CudaLaunch launch{states_, {}, blocks_per_rank_, stream};
+    for (int i = 0; i < ranks; ++i) {
+      prepare(args[i], i, begin.machine, begin.rank[i]);
+      launch.calls.push_back(begin.rank[i].call);
+      launch.calls[i].rank_begin = placements_.of(args[i], ep_size_, ranks_[i], memory_).rank_begin.data();
     }
     order_.enter(stream, capture);
     std::string error;
-    if (const cudaError_t e = launch_begin(ranks_, ranks, begin, stream); e != cudaSuccess)
+    if (const cudaError_t e = launch_begin(states_, ranks, begin, stream); e != cudaSuccess)
       error = std::string("launch of begin_kernel: ") + cudaGetErrorString(e);
     if (error.empty()) error = kernel.launch(launch);
     if (!error.empty()) cudaGetLastError();
@@ -116,7 +130,7 @@ class CudaTeam::Impl {
 
   void check() {
     const std::lock_guard lock(order_.mutex);
-    raise_failure();
+    failures_.raise_if_any();
   }
 
   std::optional<std::vector<uint64_t>> tokens_per_expert(int layer, int rank) {
@@ -132,27 +146,6 @@ class CudaTeam::Impl {
   }
 
  private:
-  // The report of an earlier call, if the device has written all of it. Of several ranks' reports the cause is told,
-  // not who heard of it.
-  void raise_failure() {
-    const Status* cause = nullptr;
-    for (int r = 0; r < ep_size_; ++r) {
-      if (std::atomic_ref(failures_[r].claimed).load(std::memory_order_acquire) != 2) continue;
-      if (!cause || Failure(cause->failure) == Failure::kPeerAborted) cause = failures_ + r;
-    }
-    if (!cause) return;
-    const Status status = *cause;
-    if (ep_size_ == 1 && Failure(status.failure) == Failure::kBadId) {
-      std::atomic_ref(failures_->claimed).store(0);  // the device begins its next call afresh, too
-      bad_argument(describe_bad_id(status), ", in an earlier call on cuda:", device_, ", of ", describe_tag(status.tag),
-                   "; its y is NaN");
-    }
-    GroupOptions group;
-    group.name = "cuda:" + std::to_string(device_);
-    throw PeerError(describe_failure(group, int(cause - failures_), status,
-                                     "Its y is NaN, and so is that of every later call; a new team can be made"));
-  }
-
   void check_rank(const ForwardArgs& a, const ForwardArgs& first) const {
     check_shapes(a, limits_, !options_.limits);
     if (a.dtype != first.dtype || a.hidden_size != first.hidden_size ||
@@ -165,7 +158,8 @@ class CudaTeam::Impl {
     CudaProblem p{capability_, first.dtype, first.hidden_size, first.intermediate_size, true, 0, first.num_experts, tf32,
                   options_.exact};
     for (const ForwardArgs& a : args) {
-      p.num_pairs += (long long)a.num_tokens * a.top_k;
+      // Of other processes' tokens none is known here: they are taken for as many as mine.
+      p.num_pairs += (long long)a.num_tokens * a.top_k * (ranks_.several_processes() ? ep_size_ : 1);
       p.aligned = p.aligned && begin_aligned(a);
     }
     return choose_kernel(p);
@@ -181,15 +175,16 @@ class CudaTeam::Impl {
     const bool fits = wanted.max_tokens == limits_.max_tokens && wanted.max_experts == limits_.max_experts;
     const size_t bytes = HeapLayout(wanted).results + size_t(results) * a.hidden_size * dtype_bytes(a.dtype);
     const size_t now = heaps_[0].bytes;
-    if (!ranks_ || !fits || bytes > now) lay_out(wanted, bytes > now ? std::max(bytes, now + now / 2) : now);
+    if (!states_ || !fits || bytes > now) lay_out(wanted, bytes > now ? std::max(bytes, now + now / 2) : now);
   }
 
   // Fresh heaps, since a new table gives old words new meanings. Graphs go on with the old ones, and with the ranks
-  // and epochs that belong to those.
+  // and epochs that belong to those. Of several processes' ranks the heaps are made elsewhere, once.
   void lay_out(const Limits& limits, size_t heap_bytes) {
     const HeapLayout layout(limits);
-    ranks_ = nullptr;
+    states_ = nullptr;
     std::vector<std::byte*> heaps;
+    if (options_.peers) heaps = options_.peers->mapped;
     for (DeviceBuffer& heap : heaps_) {
       memory_.give_up(heap);
       heap = memory_.zeroed(heap_bytes);
@@ -201,15 +196,16 @@ class CudaTeam::Impl {
     const Workspace no_workspace(none, layout, Machine{}, nullptr);
     const Deadlines deadlines{nanoseconds(options_.timeout_s), nanoseconds(options_.entry_timeout_s)};
     std::byte* const* table = memory_.copy_of(heaps);
-    std::vector<gpu::RankState> ranks;
-    for (int r = 0; r < ep_size_; ++r)
-      ranks.push_back({{}, layout, no_workspace, table, deadlines, 0, {}, device_failures_ + r});
-    ranks_ = memory_.copy_of(ranks);
+    std::vector<gpu::RankState> states;
+    for (int i = 0; i < ranks_.count(); ++i)
+      states.push_back({{}, layout, no_workspace, table, deadlines, 0, {}, failures_.on_device(i)});
+    states_ = memory_.copy_of(states);
     limits_ = limits, layout_ = layout;
   }
 
-  // What one rank's block of the begin kernel needs, and the memory of its call.
-  void prepare(const ForwardArgs& a, int rank, const Machine& machine, BeginRank& begin) {
+  // What the i-th rank's block of the begin kernel needs, and the memory of its call.
+  void prepare(const ForwardArgs& a, int i, const Machine& machine, BeginRank& begin) {
+    const int rank = ranks_[i];
     const Placement& placement = placements_.of(a, ep_size_, rank, memory_);
     const int local = placement.rank_begin[rank + 1] - placement.rank_begin[rank];
     if (local != a.num_local_experts)
@@ -231,16 +227,16 @@ class CudaTeam::Impl {
 
     c.rank_begin = placement.rank_begin.data();  // for the host, which measures
     const size_t ids_bytes = round_up(size_t(a.num_tokens) * a.top_k * sizeof(int32_t), kAlign);
-    memory_.at_least(workspaces_[rank], ids_bytes + Workspace(c, layout_, machine, nullptr).bytes);
-    LayerCounts& counts = counts_[{a.layer, rank}];
+    memory_.at_least(workspaces_[i], ids_bytes + Workspace(c, layout_, machine, nullptr).bytes);
+    LayerCounts& counts = counts_[{a.layer, i}];
     memory_.at_least(counts.row_offset, sizeof(uint32_t) * (ep_size_ + 1) * local);
     counts.num_local_experts = local;
 
     c.rank_begin = placement.device_rank_begin;
     begin.ids = a.topk_ids, begin.ids_bytes = a.topk_ids_bytes;
-    begin.ids_out = reinterpret_cast<int32_t*>(workspaces_[rank].data);
+    begin.ids_out = reinterpret_cast<int32_t*>(workspaces_[i].data);
     c.topk_ids = begin.ids_out;
-    begin.workspace = workspaces_[rank].data + ids_bytes;
+    begin.workspace = workspaces_[i].data + ids_bytes;
     begin.row_offset = reinterpret_cast<uint32_t*>(counts.row_offset.data);
   }
 
@@ -248,19 +244,23 @@ class CudaTeam::Impl {
   const int device_;
   Limits limits_;
   const int ep_size_;
+  const CudaRanks ranks_;
   HeapLayout layout_;
   int blocks_per_rank_ = 0, capability_ = 0;
   CallOrder& order_;
   DeviceMemory memory_;
-  Status *failures_ = nullptr, *device_failures_ = nullptr;  // host memory that the device writes
-  std::vector<DeviceBuffer> heaps_, workspaces_;
-  gpu::RankState* ranks_ = nullptr;  // on the device
+  CudaFailures failures_;
+  std::vector<DeviceBuffer> heaps_, workspaces_;  // of the ranks that are here
+  gpu::RankState* states_ = nullptr;              // likewise, on the device
   Placements placements_;
-  std::map<std::pair<int, int>, LayerCounts> counts_;  // by layer and rank
+  std::map<std::pair<int, int>, LayerCounts> counts_;  // by layer and place among the ranks that are here
 };
 
 CudaTeam::CudaTeam(const CudaOptions& options) : impl_(std::make_unique<Impl>(options)) {}
 CudaTeam::~CudaTeam() = default;
+size_t CudaTeam::stage_bytes(const Limits& limits) {
+  return flashmoe::stage_bytes(HeapLayout(limits), kRingBlocks);
+}
 void CudaTeam::forward(const std::vector<ForwardArgs>& ranks, void* stream, bool tf32) {
   impl_->forward(ranks, static_cast<cudaStream_t>(stream), tf32);
 }
@@ -268,6 +268,8 @@ void CudaTeam::check() { impl_->check(); }
 std::optional<std::vector<uint64_t>> CudaTeam::tokens_per_expert(int layer, int rank) {
   return impl_->tokens_per_expert(layer, rank);
 }
+
+std::vector<void*> nvshmem_modules() { return {}; }
 
 int num_cuda_devices() {
   int devices = 0;

@@ -1,15 +1,30 @@
-// The operator on one GPU: one rank, or several virtual ranks that share it as one grid. Raw device pointers in; the
-// work is queued on the caller's stream, after all calls of this GPU that were queued before, and nothing here waits
-// for it, except where a call needs more memory than any before it.
+// The operator on one GPU: one rank alone, one rank of a group of several processes, or several virtual ranks that
+// share the GPU as one grid. Raw device pointers in; the work is queued on the caller's stream, after all calls of this
+// GPU that were queued before, and nothing here waits for it, except where a call needs more memory than any before it.
 #pragma once
 
 #include <memory>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "runtime/moe.h"
 
 namespace flashmoe {
+
+// This process is one rank of a group of several. All addresses are the device's; the heaps lie zeroed before any of
+// the group's ranks makes a call.
+struct CudaPeers {
+  std::string name;  // of the group, for messages
+  int ep_rank = 0;
+  std::vector<int> global_ranks;      // [ep_size] what messages call the ranks
+  std::vector<std::byte*> mapped;     // [ep_size] where each rank's heap of this group is mapped here; null: it is not
+  std::vector<std::byte*> symmetric;  // [ep_size] the address of my own by which the transport names that heap; of ranks
+                                      // that are not mapped
+  std::vector<int> pes;               // [ep_size] the transport's number of each rank
+  std::byte* stage = nullptr;         // what the transport can send from; null if all peers are mapped
+  size_t stage_bytes = 0;
+};
 
 struct CudaOptions {
   int device = 0;
@@ -18,6 +33,8 @@ struct CudaOptions {
   int sm_margin = 0;      // multiprocessors left to others
   bool exact = false;     // products in fp32 also where the tensor cores could make them in 16 bits
   int missing_ranks = 0;  // so many of the last ranks never come, to show what becomes of the others
+  std::optional<CudaPeers> peers;           // none: every rank of `limits` is a virtual one, here
+  std::vector<std::shared_ptr<void>> keep;  // whatever holds the peers' memory
 };
 
 class CudaTeam {
@@ -26,7 +43,10 @@ class CudaTeam {
   explicit CudaTeam(const CudaOptions& options);
   ~CudaTeam();
 
-  // One call of every rank; ranks[r].expert_map is host memory, all else lies on the device. With tf32, products of
+  // Of the memory from which a rank of such a group sends to peers that are not mapped.
+  static size_t stage_bytes(const Limits& limits);
+
+  // One call of every rank that is here; ranks[r].expert_map is host memory, all else lies on the device. With tf32, products of
   // float32 may be rounded to it. Raises what check() raises, and then, as for std::invalid_argument and
   // std::runtime_error, nothing has been queued. A call that is captured must find all its memory: make one call with
   // the same layer, shapes and dtype before.
@@ -37,8 +57,8 @@ class CudaTeam {
   // PeerError: anything else; every later call fails likewise.
   void check();
 
-  // Rows that each of the rank's experts computed in the last finished call of that layer, replays included. Waits for
-  // the GPU. None if the layer has not been called.
+  // Rows that each of the rank's experts computed in the last finished call of that layer, replays included; `rank` counts
+  // the ranks that are here. Waits for the GPU. None if the layer has not been called.
   std::optional<std::vector<uint64_t>> tokens_per_expert(int layer, int rank);
 
  private:
@@ -48,5 +68,9 @@ class CudaTeam {
 
 // GPUs that a driver shows; 0 if there is no driver.
 int num_cuda_devices();
+
+// The modules (CUmodule) of this extension, on the current device, whose kernels call the transport: each must be told
+// of the transport's state once that is initialised, and again before it ends. None in a build without such kernels.
+std::vector<void*> nvshmem_modules();
 
 }  // namespace flashmoe
