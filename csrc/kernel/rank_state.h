@@ -3,6 +3,7 @@
 #pragma once
 
 #include "protocol/agent.h"
+#include "protocol/peers.h"
 
 namespace flashmoe::gpu {
 
@@ -10,7 +11,7 @@ struct RankState {
   Call call;  // of the current call, with its epoch
   HeapLayout layout;
   Workspace workspace;
-  std::byte* const* heaps;  // [ep_size] where each rank's heap is mapped here
+  Peers peers;
   Deadlines deadlines;
   uint64_t last_epoch;
   Status failure;          // sticky: of the call that failed, if one did

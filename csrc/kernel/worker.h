@@ -62,7 +62,7 @@ class Worker {
     RankState& rank = *reinterpret_cast<RankState*>(shared.rank);
     if (thread_in_block() == 0 && rank.call.num_experts <= kNearExperts) rank.workspace.dealt = shared.dealt;
     sync_block();
-    P platform(rank.call.ep_rank, rank.heaps);
+    P platform(rank.call, rank.peers, rank.workspace);
     const Context<P> context{rank.call, rank.layout, rank.workspace, platform};
     Worker worker(context, shared, block() % blocks, blocks);
     if (warp_in_block() < E::kCrewWarps) {

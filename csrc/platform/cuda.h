@@ -5,14 +5,16 @@
 #pragma once
 
 #include "gpu/verbs.h"
+#include "protocol/peers.h"
 #include "protocol/platform.h"
+#include "protocol/workspace.h"
 
 namespace flashmoe {
 
 class CudaPlatform {
  public:
-  // heaps[pe] is where pe's symmetric heap is mapped here.
-  FLASHMOE_DEVICE CudaPlatform(int ep_rank, std::byte* const* heaps) : ep_rank_(ep_rank), heaps_(heaps) {}
+  FLASHMOE_DEVICE CudaPlatform(const Call& call, const Peers& peers, const Workspace&)
+      : ep_rank_(call.ep_rank), heaps_(peers.heaps) {}
 
   template <class T>
   FLASHMOE_DEVICE static T load_acquire(const T* word) {
@@ -50,6 +52,8 @@ class CudaPlatform {
   }
   FLASHMOE_DEVICE bool quiet() { return true; }
   FLASHMOE_DEVICE void release_when_landed(uint32_t* word, uint32_t value) { store_release(word, value); }
+  template <class Lanes>
+  FLASHMOE_DEVICE void settle(const Lanes&, uint32_t) {}
   FLASHMOE_DEVICE bool peer_alive(int) { return true; }  // a GPU cannot tell; the deadline will
 
   FLASHMOE_DEVICE static uint64_t now_ns() { return gpu::now_ns(); }

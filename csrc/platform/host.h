@@ -65,6 +65,8 @@ class HostPlatform {
   void release_when_landed(uint32_t* word, uint32_t value) {
     network_ ? network_->release_when_landed(word, value) : store_release(word, value);
   }
+  template <class Lanes>
+  void settle(const Lanes&, uint32_t) {}  // the network releases what has landed by itself
   bool staged() const { return network_ != nullptr; }
   bool peer_alive(int pe) { return mapped(pe) ? peers_[pe].alive() : network_->alive(pe) && peers_[pe].alive(); }
   // A peer that a commit is still under way to, if not quiet.

@@ -41,6 +41,7 @@ class Scheduler {
       }
       all_published = lanes.all(all_published && !is_waiting(expert, known));
     }
+    if (!all_published) c_.platform.settle(lanes, n.up.published);
     const bool progress = n.up.published != before || all_published;
     lanes.sync();
     if (lanes.rank() == 0) {

@@ -28,6 +28,7 @@ struct Status {
 // What the machine that computes the call adds to its shapes.
 struct Machine {
   bool staged = false;            // some peers' memory is not mapped here
+  std::byte* stage = nullptr;     // where what travels to them lies until then, if the transport takes no other memory
   uint32_t max_ring_blocks = 16;  // between their up and down tiles at one time: bounds the memory under any skew
   int plan_warps = 1;             // of the group that plans
   int hidden_bytes = 4;           // of an element of `hidden`, whose type is the engine's choice
@@ -44,6 +45,8 @@ struct Counters {
   uint32_t combine_head, combine_done;
   uint32_t stopped;            // workers, where they do not end together
   uint32_t pairs_from_bad_id;  // to the last, where ids are only read as the call begins; 0 if none is bad
+  uint32_t quiet, settling;             // where all workers share a transport: how far they have come with asking it …
+  uint64_t quiet_ticket, settle_ticket;  // … and what they asked
   uint64_t last_progress_ns;
   UpQueue up;
   DownQueue down;
@@ -89,7 +92,9 @@ struct Workspace {
   uint64_t* down_entries;  // [num_down_places]
   float* hidden;           // [ring_blocks, kBlockM, hidden_stride] activated up-tile outputs, of the engine's type
 
-  // Only where peers are not mapped: what travels, until it has landed.
+  // Only where peers are not mapped: which blocks' results are on their way, and what travels, until it has landed.
+  uint32_t* ring_sent;      // [ring_blocks] the sequence number that ring_free will have once the results have landed
+  uint32_t* ring_landing;   // [ring_blocks] what ring_sent was when the transport was last asked
   std::byte* packet_stage;  // [ep_size − 1, header_stride + inbox_stride]
   std::byte* result_stage;  // [ring_blocks, kBlockM, row_bytes]
 
@@ -133,8 +138,16 @@ struct Workspace {
     region(ring_free, ring_blocks);
     region(down_entries, num_down_places(ring_blocks));
     region(hidden, ring_blocks * kBlockM * hidden_stride);
-    region(packet_stage, machine.staged ? (ep_size - 1) * (layout.header_stride + layout.inbox_stride) : 0);
-    region(result_stage, machine.staged ? ring_blocks * kBlockM * call.row_bytes() : 0);
+    ring_sent = ring_landing = nullptr, packet_stage = result_stage = nullptr;
+    if (!machine.staged) return;
+    region(ring_sent, ring_blocks);
+    region(ring_landing, ring_blocks);
+    if (machine.stage) {
+      packet_stage = machine.stage, result_stage = machine.stage + packet_stage_bytes(layout);
+    } else {
+      region(packet_stage, packet_stage_bytes(layout));
+      region(result_stage, ring_blocks * kBlockM * call.row_bytes());
+    }
   }
 
   // Before the first worker enters the call.
@@ -148,7 +161,10 @@ struct Workspace {
     }
     for (int i = group.rank(); i < call.ep_size; i += group.size()) num_chunks[i] = chunks_ready[i] = 0;
     for (int e = group.rank(); e < call.num_local_experts(); e += group.size()) row_offset[e] = next_block[e] = 0;
-    for (uint32_t r = group.rank(); r < ring_blocks; r += group.size()) ring_free[r] = r;
+    for (uint32_t r = group.rank(); r < ring_blocks; r += group.size()) {
+      ring_free[r] = r;
+      if (ring_sent) ring_sent[r] = r;
+    }
     for (uint32_t p = group.rank(); p < num_down_places(ring_blocks); p += group.size()) down_entries[p] = 0;
   }
 };

@@ -24,6 +24,7 @@ struct CudaLaunch {
 struct CudaKernel {
   int crew_warps, hidden_bytes;
   std::string (*launch)(const CudaLaunch&);  // empty, or why it could not be
+  const void* function;                      // by which the CUDA runtime knows it
 };
 
 CudaKernel exact_kernel(DType dtype);
@@ -32,5 +33,10 @@ CudaKernel sm80_kernel(DType dtype);  // fp32 as tf32; rows of a multiple of 16 
 // Tiles of 256 weight rows for many rows an expert; of 64 for few, where what counts is that every multiprocessor reads.
 enum class Sm90Tiles { kWide, kNarrow };
 CudaKernel sm90_kernel(DType dtype, Sm90Tiles tiles);  // of bfloat16 or float16, on Hopper alone
+
+// The same for groups in which some peers' memory is not mapped: where NVSHMEM's headers were found.
+CudaKernel nvshmem_exact_kernel(DType dtype);
+CudaKernel nvshmem_sm80_kernel(DType dtype);
+CudaKernel nvshmem_sm90_kernel(DType dtype, Sm90Tiles tiles);
 
 }  // namespace flashmoe

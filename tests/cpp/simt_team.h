@@ -6,6 +6,7 @@
 #include "kernel/begin_call.h"
 #include "kernel/worker.h"
 #include "platform/cuda.h"
+#include "platform/nvshmem.h"
 #include "rank_call.h"
 
 namespace flashmoe::test {
@@ -15,6 +16,7 @@ struct SimtOptions {
   uint32_t ring_blocks = 4;
   Deadlines deadlines{300'000'000, 600'000'000};
   uint64_t last_epoch = 0;
+  int mapped_together = 0;  // so many ranks at a time have each other's memory mapped; 0: all have
 };
 
 struct SimtOutcome {
@@ -33,15 +35,19 @@ class SimtTeam {
  public:
   using Kernel = gpu::Worker<P, E, Group>;
 
-  SimtTeam(const Program& program, const SimtOptions& options)
-      : options_(options), layout_(limits_of(program, options.ep_size)),
-        heaps_(options.ep_size, std::vector<uint64_t>(layout_.bytes / 8 + 1)) {
-    for (auto& heap : heaps_) addresses_.push_back(reinterpret_cast<std::byte*>(heap.data()));
-    const Machine machine{.max_ring_blocks = options.ring_blocks, .plan_warps = E::kCrewWarps, .hidden_bytes = E::kHiddenBytes};
+  SimtTeam(const Program& program, const SimtOptions& options) : options_(options), layout_(limits_of(program, options.ep_size)) {
+    for (int r = 0; r < options.ep_size; ++r)
+      arenas_.emplace_back(heap_at(options.ep_size) + layout_.bytes + stage_bytes(layout_, options.ring_blocks));
+    std::vector<gpu::simt::Arena> by_pe;
+    for (int r = 0; r < options.ep_size; ++r) {
+      by_pe.push_back(arenas_[pe_of(r)].memory());
+      places_.push_back(places_of(r));
+    }
+    network_.emplace(by_pe);
     for (const CallOfAll& call : program) {
       calls_.emplace_back();
       for (int r = 0; r < options.ep_size; ++r)
-        calls_.back().push_back(std::make_unique<RankCall>(call, r, options.ep_size, 0, layout_, machine));
+        calls_.back().push_back(std::make_unique<RankCall>(call, r, options.ep_size, 0, layout_, machine_of(r)));
       operands_.emplace_back(options.ep_size);
       for (int r = 0; r < options.ep_size; ++r) {
         const std::string error = E::make_operands(&operands_.back()[r], calls_.back()[r]->call);
@@ -49,7 +55,7 @@ class SimtTeam {
       }
     }
     for (int r = 0; r < options.ep_size; ++r)
-      ranks_.push_back({{}, layout_, *calls_[0][r]->workspace, addresses_.data(), options.deadlines, options.last_epoch, {}, nullptr});
+      ranks_.push_back({{}, layout_, *calls_[0][r]->workspace, places_[r].peers(), options.deadlines, options.last_epoch, {}, nullptr});
   }
 
   // As the product does it: a grid for each call.
@@ -80,6 +86,45 @@ class SimtTeam {
   }
 
  private:
+  // A rank's part of the transport's memory: its heap, each rank's at another place, and its stage.
+  class RankArena {
+   public:
+    explicit RankArena(size_t bytes) : words_(bytes / 8 + 1) {}
+    gpu::simt::Arena memory() { return {reinterpret_cast<std::byte*>(words_.data()), words_.size() * 8}; }
+
+   private:
+    std::vector<uint64_t> words_;
+  };
+  static size_t heap_at(int rank) { return 256 * size_t(rank); }
+  std::byte* heap_of(int rank) { return arenas_[rank].memory().base + heap_at(rank); }
+
+  int pe_of(int rank) const { return options_.ep_size - 1 - rank; }  // and back
+
+  // Where one rank finds the others.
+  struct Places {
+    std::vector<std::byte*> heaps, symmetric;
+    std::vector<int> pes;
+    Peers peers() const { return {heaps.data(), symmetric.data(), pes.data()}; }
+  };
+  bool is_mapped(int a, int b) const {
+    return options_.mapped_together == 0 || a / options_.mapped_together == b / options_.mapped_together;
+  }
+  Places places_of(int rank) {
+    Places p;
+    for (int r = 0; r < options_.ep_size; ++r) {
+      p.pes.push_back(pe_of(r));
+      p.symmetric.push_back(arenas_[rank].memory().base + heap_at(r));
+      p.heaps.push_back(is_mapped(rank, r) ? heap_of(r) : nullptr);
+    }
+    return p;
+  }
+  Machine machine_of(int rank) {
+    Machine m{.max_ring_blocks = options_.ring_blocks, .plan_warps = E::kCrewWarps, .hidden_bytes = E::kHiddenBytes};
+    m.staged = options_.mapped_together != 0;
+    if (m.staged) m.stage = heap_of(rank) + layout_.bytes;
+    return m;
+  }
+
   static size_t shared_stride() { return round_up(sizeof(typename Kernel::Shared), 1024); }
   int grid() const { return options_.ep_size * options_.blocks_per_rank; }
 
@@ -100,6 +145,7 @@ class SimtTeam {
 
   SimtOutcome outcome(const std::function<void()>& run) {
     SimtOutcome o;
+    gpu::simt::network = &*network_;
     try {
       run();
     } catch (const gpu::simt::Misuse& misuse) {
@@ -115,8 +161,9 @@ class SimtTeam {
 
   const SimtOptions options_;
   HeapLayout layout_;
-  std::vector<std::vector<uint64_t>> heaps_;
-  std::vector<std::byte*> addresses_;
+  std::vector<RankArena> arenas_;
+  std::vector<Places> places_;
+  std::optional<gpu::simt::RemoteNetwork> network_;
   std::vector<std::vector<std::unique_ptr<RankCall>>> calls_;  // [call][rank]
   std::vector<std::vector<typename E::Operands>> operands_;         // [call][rank]
   std::vector<gpu::RankState> ranks_;

@@ -73,7 +73,7 @@ struct Lost {
   static inline int from;
 };
 struct LosingPlatform : CudaPlatform {
-  LosingPlatform(int ep_rank, std::byte* const* heaps) : CudaPlatform(ep_rank, heaps), rank(ep_rank) {}
+  LosingPlatform(const Call& call, const Peers& peers, const Workspace& ws) : CudaPlatform(call, peers, ws), rank(call.ep_rank) {}
   int rank;
   void commit(int pe, size_t offset, const std::byte* source, size_t bytes, size_t signal, uint64_t word, Traffic kind) {
     if (kind == Lost::kind && rank == Lost::from && pe == 0) return;
@@ -142,7 +142,7 @@ void block_handed_on_early() {
 
 // A source that takes the last call's replies for this one's goes on, and writes over what is still being read.
 struct StalePlatform : CudaPlatform {
-  StalePlatform(int ep_rank, std::byte* const* heaps) : CudaPlatform(ep_rank, heaps) {}
+  using CudaPlatform::CudaPlatform;
   static inline const HeapLayout* layout;
   static inline uint64_t epoch_of_all;
   uint64_t test_signal(size_t offset) const {

@@ -1,0 +1,15 @@
+// The kernels of the Hopper engine, for peers that are not mapped: compiled for sm_90a alone.
+#include "engine/sm90.h"
+#include "platform/nvshmem.h"
+#include "runtime/cuda_launch.cuh"
+
+namespace flashmoe {
+
+CudaKernel nvshmem_sm90_kernel(DType dtype, Sm90Tiles tiles) {
+  const bool bfloat16 = dtype == DType::kBFloat16, narrow = tiles == Sm90Tiles::kNarrow;
+  using P = NvshmemPlatform;
+  if (bfloat16) return narrow ? cuda_kernel<Sm90Narrow<DType::kBFloat16>, P>() : cuda_kernel<Sm90Wide<DType::kBFloat16>, P>();
+  return narrow ? cuda_kernel<Sm90Narrow<DType::kFloat16>, P>() : cuda_kernel<Sm90Wide<DType::kFloat16>, P>();
+}
+
+}  // namespace flashmoe
