@@ -12,6 +12,10 @@ namespace flashmoe {
 template <DType dtype, int kTileN, class Stage, class Pipeline>
 FLASHMOE_DEVICE void sm90_products(Pipeline& pipeline, const Stage* stages, typename Pipeline::Turn& turn,
                                    int first_row, bool has_rows, int steps, float (&sums)[kTileN / 2]) {
+  // From zeros, and not by a first product that does not accumulate: else ptxas serialises all of them (C7515). Also
+  // where there are no rows: else the registers seem to hold the last tile's sums, through all that lies between tiles.
+  FLASHMOE_UNROLL
+  for (float& sum : sums) sum = 0.0f;
   if (!has_rows) {
     for (int step = 0; step < steps; ++step, turn.next()) {
       pipeline.wait_full(turn);  // else it could let go twice in one phase
@@ -19,9 +23,6 @@ FLASHMOE_DEVICE void sm90_products(Pipeline& pipeline, const Stage* stages, type
     }
     return;
   }
-  // From zeros, and not by a first product that does not accumulate: else ptxas serialises all of them (C7515).
-  FLASHMOE_UNROLL
-  for (float& sum : sums) sum = 0.0f;
   typename Pipeline::Turn last = turn;
   for (int step = 0; step < steps; ++step) {
     pipeline.wait_full(turn);
