@@ -28,6 +28,7 @@ class RemoteNetwork {
     std::vector<std::byte> carried;
     size_t delivered = 0;
     bool signalled = false;
+    int pace = 0;  // one in so many chances to move is taken
 
     void land(Random& random) override;
     void deliver(size_t most) {
@@ -72,6 +73,8 @@ class RemoteNetwork {
 inline RemoteNetwork* network = nullptr;  // the one that the kernels use
 
 inline void RemoteNetwork::Put::land(Random& random) {
+  if (pace == 0) pace = random.one_in(4) ? 64 : 1;
+  if (!random.one_in(size_t(pace))) return;
   machine->progress();
   const size_t piece = 1 + random.below(2 * bytes + 1);
   if (carried.size() < bytes) {

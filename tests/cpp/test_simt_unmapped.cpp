@@ -59,10 +59,10 @@ void calls_back_to_back() {
   const Program three = program_of({{9, 1, 20}, {0, 3, 0}, {30, 2, 2}, {0, 0, 0}, {1, 1, 40}}, 140, Skew::kZipf);
   const Program four = program_of({{9, 1, 0, 20}, {0, 0, 3, 0}, {7, 30, 2, 2}, {0, 0, 0, 0}, {1, 1, 1, 40}}, 160, Skew::kZipf);
   for (bool back_to_back : {false, true}) {
-    check_seeds(two, {.blocks_per_rank = 2, .mapped_together = 1}, 16, "two ranks", back_to_back);
+    check_seeds(two, {.blocks_per_rank = 2, .mapped_together = 1}, 8, "two ranks", back_to_back);
     for (int mapped_together : {1, 2}) {
-      check_seeds(three, {.mapped_together = mapped_together}, 16, "three ranks", back_to_back);
-      check_seeds(four, {.mapped_together = mapped_together}, 16, "four ranks", back_to_back);
+      check_seeds(three, {.mapped_together = mapped_together}, 8, "three ranks", back_to_back);
+      check_seeds(four, {.mapped_together = mapped_together}, 6, "four ranks", back_to_back);
     }
   }
   check_seeds(two, {.last_epoch = kMaxEpoch - 2, .mapped_together = 1}, 4, "over the wrap of the epoch", true);
