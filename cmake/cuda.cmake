@@ -52,12 +52,14 @@ if(with_cuda)
   endfunction()
 
   file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/runtime/*.cu)
+  list(FILTER cuda_sources EXCLUDE REGEX "_nvshmem\\.cu$")
   # What is Hopper's alone no other architecture can compile.
   set(hopper_sources ${CMAKE_SOURCE_DIR}/csrc/runtime/moe_cuda_sm90.cu)
   list(REMOVE_ITEM cuda_sources ${hopper_sources})
   flashmoe_add_cuda(flashmoe_cuda ${cuda_sources})
   flashmoe_add_cuda(flashmoe_cuda_sm90 ${hopper_sources})
   set_target_properties(flashmoe_cuda_sm90 PROPERTIES CUDA_ARCHITECTURES 90a-real)
+  include(cmake/nvshmem_device.cmake)
   target_link_libraries(_C PRIVATE CUDA::cudart_static)
   list(JOIN FLASHMOE_CUDA_ARCHITECTURES " " architectures)
   target_compile_definitions(_C PRIVATE

@@ -221,6 +221,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("num_cuda_devices", &num_cuda_devices);
   py::class_<ForwardArgs>(m, "ForwardArgs").def(py::init(&forward_args));
   // CUmodule handles of the kernels that call NVSHMEM: its host library must know of each.
+  m.def("has_nvshmem_kernels", &has_nvshmem_kernels);
   m.def("nvshmem_modules", [] {
     std::vector<uintptr_t> modules;
     for (void* module : nvshmem_modules()) modules.push_back(reinterpret_cast<uintptr_t>(module));

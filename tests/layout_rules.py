@@ -19,8 +19,9 @@ ENGINES = {"engine/cpu.h", "engine/exact.h", "engine/sm80.h", "engine/sm90.h"}
 # The contract that the roles are written against; every engine fulfils it.
 ENGINE_CONCEPT = "engine/tile_engine.h"
 NVSHMEM_FILES = {
-    "csrc/bindings.cpp", "csrc/gpu/nvshmem_verbs.cuh", "csrc/platform/nvshmem.h", "csrc/runtime/moe_cuda.cu",
-    "csrc/runtime/moe_cuda.h",
+    "csrc/bindings.cpp", "csrc/gpu/nvshmem_verbs.cuh", "csrc/gpu/remote_verbs.h", "csrc/platform/nvshmem.h",
+    "csrc/runtime/cuda_kernel.h", "csrc/runtime/cuda_kernel.cu", "csrc/runtime/cuda_ranks.h", "csrc/runtime/moe_cuda.h",
+    *(f"csrc/runtime/moe_cuda_{engine}_nvshmem.cu" for engine in ("exact", "sm80", "sm90")),
 }  # fmt: skip
 SAYS_NOTHING = {"types", "utils", "util", "common", "misc", "helpers"}
 MAX_LINES = 300

@@ -5,7 +5,7 @@ from pathlib import PurePosixPath
 from layout_rules import STD
 from layout_sources import core, includes
 
-DOORS = {"gpu/verbs.h", "gpu/tensor_map.h"}
+DOORS = {"gpu/verbs.h", "gpu/remote_verbs.h", "gpu/tensor_map.h"}
 
 
 def agents_belong_to_workers(sources):

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("80", "90a", "100")
 # Sources that one architecture alone can compile. A kernel is Hopper's if its name says sm90, Ampere's if it says
 # sm80.
-ALONE = {"csrc/runtime/moe_cuda_sm90.cu": ("90a",)}
+ALONE = {"csrc/runtime/moe_cuda_sm90.cu": ("90a",), "csrc/runtime/moe_cuda_sm90_nvshmem.cu": ("90a",)}
 VERBS = "tests/cuda/verbs_compile.cu"  # not part of the extension
 COUNTED = ("HMMA", "LDGSTS", "LDSM", "HGMMA", "UTMALDG", "USETMAXREG")
 # setmaxnreg ignored; wgmma serialised because of a call; wgmma serialised for another reason.
@@ -102,6 +102,15 @@ def toolkit() -> Path:
     sys.exit("no CUDA compiler in this environment: pip install -r requirements-cuda.txt")
 
 
+def nvshmem_flags(source: str) -> list:
+    """What a source needs whose kernels call NVSHMEM."""
+    if not source.endswith("_nvshmem.cu"):
+        return []
+    headers = toolkit().parent / "nvshmem" / "include"
+    headers = Path(os.environ.get("FLASHMOE_NVSHMEM_DEVICE_INCLUDE", headers))
+    return ["-isystem", headers, "-DNVSHMEM_ENABLE_ALL_DEVICE_INLINING"]
+
+
 def environment() -> dict[str, str]:
     # The packages keep their libraries in lib, where the compiler looks in lib64.
     cuda = toolkit()
@@ -115,7 +124,7 @@ def compile_for(source: str, arch: str, folder: Path) -> tuple[Kernels, list[str
     """Kernels of the source as compiled for sm_<arch>, problems of the compilation, and its seconds."""
     cubin = folder / f"{Path(source).stem}.{arch}.cubin"
     command = [toolkit() / "bin" / "nvcc", "-std=c++20", "-O3", "-DNDEBUG", "-I", ROOT / "csrc", "-Xptxas", "-v", "-cubin",
-               "-gencode", f"arch=compute_{arch},code=sm_{arch}", "-o", cubin, ROOT / source]  # fmt: skip
+               "-gencode", f"arch=compute_{arch},code=sm_{arch}", *nvshmem_flags(source), "-o", cubin, ROOT / source]  # fmt: skip
     start = time.monotonic()
     built = subprocess.run(command, capture_output=True, text=True, env=environment())
     seconds, notes = time.monotonic() - start, built.stdout + built.stderr

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernel/rank_state.h"
+#include "runtime/cuda_choice.h"
 
 namespace flashmoe {
 
@@ -33,6 +34,9 @@ CudaKernel sm80_kernel(DType dtype);  // fp32 as tf32; rows of a multiple of 16 
 // Tiles of 256 weight rows for many rows an expert; of 64 for few, where what counts is that every multiprocessor reads.
 enum class Sm90Tiles { kWide, kNarrow };
 CudaKernel sm90_kernel(DType dtype, Sm90Tiles tiles);  // of bfloat16 or float16, on Hopper alone
+
+// The kernel of that kind, for groups whose memory is all mapped here or for others.
+CudaKernel kernel_of(CudaKernelKind kind, DType dtype, bool all_mapped);
 
 // The same for groups in which some peers' memory is not mapped: where NVSHMEM's headers were found.
 CudaKernel nvshmem_exact_kernel(DType dtype);

@@ -4,6 +4,7 @@
 #include <atomic>
 
 #include "runtime/check.h"
+#include "runtime/cuda_kernel.h"
 #include "runtime/cuda_memory.h"
 #include "runtime/failure_report.h"
 #include "runtime/moe_cuda.h"
@@ -29,6 +30,7 @@ class CudaRanks {
     group_.name = peers.name, group_.global_ranks = peers.global_ranks;
     first_ = peers.ep_rank;
     for (int rank = 0; rank < ep_size; ++rank) check_heap(peers, rank);
+    if (!all_mapped_) check_transport(peers, CudaTeam::stage_bytes(*options.limits));
   }
 
   int ep_size() const { return ep_size_; }
@@ -36,6 +38,7 @@ class CudaRanks {
   // The rank in the group of the i-th that is here.
   int operator[](int i) const { return first_ + i; }
   bool several_processes() const { return several_processes_; }
+  bool all_mapped() const { return all_mapped_; }
 
   // Of the i-th rank's failure.
   [[noreturn]] void raise(int i, const Status& status) const {
@@ -49,19 +52,30 @@ class CudaRanks {
   }
 
  private:
-  void check_heap(const CudaPeers& peers, int rank) const {
+  void check_heap(const CudaPeers& peers, int rank) {
     const std::byte* heap = peers.mapped[rank];
     if (!heap && rank == peers.ep_rank) bad_argument("the rank's own heap must be mapped");
     if (reinterpret_cast<uintptr_t>(heap) % HeapLayout::kAlign)
       bad_argument("the heap of rank ", rank, " must begin at a multiple of ", HeapLayout::kAlign, " bytes");
-    if (!heap)
+    all_mapped_ = all_mapped_ && heap;
+    if (!heap && !has_nvshmem_kernels())
       throw std::runtime_error("flashmoe group '" + peers.name + "': the memory of rank " +
-                               std::to_string(peers.global_ranks[rank]) +
-                               " is not mapped here, and this build has no kernels that reach it otherwise");
+                               std::to_string(peers.global_ranks[rank]) + " is not mapped on GPU " + std::to_string(device_) +
+                               ", and this build has no kernels that reach it otherwise: it was built without the headers "
+                               "of NVSHMEM 3.7 or later (FLASHMOE_NVSHMEM_DEVICE_INCLUDE)");
+  }
+  void check_transport(const CudaPeers& peers, size_t stage_bytes) const {
+    const size_t ranks = size_t(ep_size_);
+    if (peers.symmetric.size() != ranks || peers.pes.size() != ranks)
+      bad_argument("symmetric and pes must have one entry for each of the ", ep_size_, " ranks, got ",
+                   peers.symmetric.size(), " and ", peers.pes.size());
+    if (!peers.stage || peers.stage_bytes < stage_bytes || reinterpret_cast<uintptr_t>(peers.stage) % HeapLayout::kAlign)
+      bad_argument("stage must hold ", stage_bytes, " bytes from a multiple of ", HeapLayout::kAlign, ", got ",
+                   peers.stage_bytes, " bytes");
   }
 
   int device_, ep_size_, first_ = 0;
-  bool several_processes_;
+  bool several_processes_, all_mapped_ = true;
   GroupOptions group_;
 };
 

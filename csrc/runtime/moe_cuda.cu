@@ -16,15 +16,6 @@ constexpr uint32_t kRingBlocks = 64;
 // What the ids as int32 are rounded up to, before the workspace.
 constexpr size_t kAlign = 256;
 
-CudaKernel kernel_of(CudaKernelKind kind, DType dtype) {
-  switch (kind) {
-    case CudaKernelKind::kSm80: return sm80_kernel(dtype);
-    case CudaKernelKind::kSm90Wide: return sm90_kernel(dtype, Sm90Tiles::kWide);
-    case CudaKernelKind::kSm90Narrow: return sm90_kernel(dtype, Sm90Tiles::kNarrow);
-    default: return exact_kernel(dtype);
-  }
-}
-
 int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
   check_cuda(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
@@ -107,10 +98,13 @@ class CudaTeam::Impl {
     memory_.begin_call(capture.active);
     if (!options_.limits) grow(args[0]);
 
-    const CudaKernel kernel = kernel_of(choose(args, tf32), args[0].dtype);
+    const CudaKernel kernel = kernel_of(choose(args, tf32), args[0].dtype, ranks_.all_mapped());
     BeginCall begin{};
-    begin.machine = {
-        .max_ring_blocks = kRingBlocks, .plan_warps = kernel.crew_warps, .hidden_bytes = kernel.hidden_bytes};
+    begin.machine = {.staged = !ranks_.all_mapped(),
+                     .stage = options_.peers ? options_.peers->stage : nullptr,
+                     .max_ring_blocks = kRingBlocks,
+                     .plan_warps = kernel.crew_warps,
+                     .hidden_bytes = kernel.hidden_bytes};
     CudaLaunch launch{states_, {}, blocks_per_rank_, stream};
     for (int i = 0; i < ranks; ++i) {
       prepare(args[i], i, begin.machine, begin.rank[i]);
@@ -195,10 +189,14 @@ class CudaTeam::Impl {
     none.ep_size = 1, none.rank_begin = nothing;
     const Workspace no_workspace(none, layout, Machine{}, nullptr);
     const Deadlines deadlines{nanoseconds(options_.timeout_s), nanoseconds(options_.entry_timeout_s)};
-    std::byte* const* table = memory_.copy_of(heaps);
+    Peers peers{memory_.copy_of(heaps), nullptr, nullptr};
+    if (!ranks_.all_mapped()) {
+      peers.symmetric = memory_.copy_of(options_.peers->symmetric);
+      peers.pes = memory_.copy_of(options_.peers->pes);
+    }
     std::vector<gpu::RankState> states;
     for (int i = 0; i < ranks_.count(); ++i)
-      states.push_back({{}, layout, no_workspace, table, deadlines, 0, {}, failures_.on_device(i)});
+      states.push_back({{}, layout, no_workspace, peers, deadlines, 0, {}, failures_.on_device(i)});
     states_ = memory_.copy_of(states);
     limits_ = limits, layout_ = layout;
   }
@@ -268,8 +266,6 @@ void CudaTeam::check() { impl_->check(); }
 std::optional<std::vector<uint64_t>> CudaTeam::tokens_per_expert(int layer, int rank) {
   return impl_->tokens_per_expert(layer, rank);
 }
-
-std::vector<void*> nvshmem_modules() { return {}; }
 
 int num_cuda_devices() {
   int devices = 0;

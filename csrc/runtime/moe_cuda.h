@@ -72,5 +72,7 @@ int num_cuda_devices();
 // The modules (CUmodule) of this extension, on the current device, whose kernels call the transport: each must be told
 // of the transport's state once that is initialised, and again before it ends. None in a build without such kernels.
 std::vector<void*> nvshmem_modules();
+// Whether this build has them: without, all peers of a group must be mapped.
+bool has_nvshmem_kernels();
 
 }  // namespace flashmoe
