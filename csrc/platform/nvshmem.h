@@ -2,9 +2,9 @@
 // staging that the transport knows, and the others by their addresses, as on platform/cuda.h.
 //
 // The transport can only be asked about all puts of this GPU at once, and asking is dear. So nobody asks for one row
-// block: blocks whose results are on their way gather, and when ring slots run short the scheduler asks for all of them.
-// Packets are staged by peer and need no asking: the peer's results say that they have been read, and the end of the
-// call asks once for all that has no reply (design D5).
+// block: blocks whose results are on their way gather, and when ring slots run short the scheduler asks for all of
+// them. Packets are staged by peer and need no asking: the peer's results say that they have been read, and the end of
+// the call asks once for all that has no reply (design D5).
 #pragma once
 
 #include "gpu/remote_verbs.h"
@@ -63,8 +63,12 @@ class NvshmemPlatform : public CudaPlatform {
     Counters& n = *ws_.counters;
     const uint32_t slots = ws_.ring_blocks;
     uint32_t todo = kNothing;
-    if (lanes.rank() == 0 && n.settling) todo = gpu::remote_quiet_done(my_pe_, n.settle_ticket) ? kRelease : kNothing;
-    if (lanes.rank() == 0 && !n.settling && (is_on_its_way(sequence) || is_on_its_way(sequence + slots / 2))) todo = kAsk;
+    if (lanes.rank() == 0) {
+      if (n.settling)
+        todo = gpu::remote_quiet_done(my_pe_, n.settle_ticket) ? kRelease : kNothing;
+      else if (is_on_its_way(sequence) || is_on_its_way(sequence + slots / 2))
+        todo = kAsk;
+    }
     todo = lanes.broadcast(todo);
     if (todo == kNothing) return;
     for (uint32_t s = lanes.rank(); s < slots; s += lanes.size()) {

@@ -45,10 +45,10 @@ class CudaRanks {
     if (ep_size_ == 1 && Failure(status.failure) == Failure::kBadId)
       bad_argument(describe_bad_id(status), ", in an earlier call on cuda:", device_, ", of ", describe_tag(status.tag),
                    "; its y is NaN");
-    throw PeerError(describe_failure(
-        group_, (*this)[i], status,
-        several_processes_ ? "Its y is NaN, and so is that of every later call; flashmoe.distributed.init() makes a new group"
-                           : "Its y is NaN, and so is that of every later call; a new team can be made"));
+    const char* remedy = "Its y is NaN, and so is that of every later call; a new team can be made";
+    if (several_processes_)
+      remedy = "Its y is NaN, and so is that of every later call; flashmoe.distributed.init() makes a new group";
+    throw PeerError(describe_failure(group_, (*this)[i], status, remedy));
   }
 
  private:
@@ -59,10 +59,10 @@ class CudaRanks {
       bad_argument("the heap of rank ", rank, " must begin at a multiple of ", HeapLayout::kAlign, " bytes");
     all_mapped_ = all_mapped_ && heap;
     if (!heap && !has_nvshmem_kernels())
-      throw std::runtime_error("flashmoe group '" + peers.name + "': the memory of rank " +
-                               std::to_string(peers.global_ranks[rank]) + " is not mapped on GPU " + std::to_string(device_) +
-                               ", and this build has no kernels that reach it otherwise: it was built without the headers "
-                               "of NVSHMEM 3.7 or later (FLASHMOE_NVSHMEM_DEVICE_INCLUDE)");
+      throw std::runtime_error(
+          "flashmoe group '" + peers.name + "': the memory of rank " + std::to_string(peers.global_ranks[rank]) +
+          " is not mapped on GPU " + std::to_string(device_) + ", and this build has no kernels that reach it otherwise: " +
+          "it was built without the headers of NVSHMEM 3.7 or later (FLASHMOE_NVSHMEM_DEVICE_INCLUDE)");
   }
   void check_transport(const CudaPeers& peers, size_t stage_bytes) const {
     const size_t ranks = size_t(ep_size_);

@@ -6,10 +6,11 @@
 namespace flashmoe {
 
 CudaKernel sm90_kernel(DType dtype, Sm90Tiles tiles) {
-  const bool bfloat16 = dtype == DType::kBFloat16, narrow = tiles == Sm90Tiles::kNarrow;
   using P = CudaPlatform;
-  if (bfloat16) return narrow ? cuda_kernel<Sm90Narrow<DType::kBFloat16>, P>() : cuda_kernel<Sm90Wide<DType::kBFloat16>, P>();
-  return narrow ? cuda_kernel<Sm90Narrow<DType::kFloat16>, P>() : cuda_kernel<Sm90Wide<DType::kFloat16>, P>();
+  const bool bfloat16 = dtype == DType::kBFloat16;
+  if (tiles == Sm90Tiles::kNarrow)
+    return bfloat16 ? cuda_kernel<Sm90Narrow<DType::kBFloat16>, P>() : cuda_kernel<Sm90Narrow<DType::kFloat16>, P>();
+  return bfloat16 ? cuda_kernel<Sm90Wide<DType::kBFloat16>, P>() : cuda_kernel<Sm90Wide<DType::kFloat16>, P>();
 }
 
 }  // namespace flashmoe
