@@ -1,7 +1,7 @@
 # The torch-free, Python-free core: runtime, host platform and CPU engine.
 
 file(GLOB core_sources CONFIGURE_DEPENDS csrc/runtime/*.cpp csrc/platform/*.cpp csrc/engine/*.cpp)
-list(FILTER core_sources EXCLUDE REGEX "/cpu_kernels\\.cpp$")
+list(FILTER core_sources EXCLUDE REGEX "/(cpu_kernels|nvshmem_adaptor)\\.cpp$")
 if(NOT FLASHMOE_WITH_UCX)
   list(FILTER core_sources EXCLUDE REGEX "/ucx_[a-z_]*\\.cpp$")
 endif()

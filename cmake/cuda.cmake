@@ -64,4 +64,5 @@ if(with_cuda)
   list(JOIN FLASHMOE_CUDA_ARCHITECTURES " " architectures)
   target_compile_definitions(_C PRIVATE
     FLASHMOE_WITH_CUDA="${architectures}" FLASHMOE_CUDA_COMPILER="${CMAKE_CUDA_COMPILER_VERSION}")
+  include(cmake/nvshmem.cmake)
 endif()

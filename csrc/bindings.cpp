@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings_nvshmem.h"
 #include "bindings_ucx.h"
 #include "engine/cpu.h"
 #include "platform/host_network.h"
@@ -138,16 +139,22 @@ std::shared_ptr<CudaTeam> make_cuda_team(int device, std::optional<Limits> limit
 py::dict build_info() {
   py::dict features;
   py::dict d;
+  features["host"] = true;
 #ifdef FLASHMOE_WITH_UCX
-  features["host"] = true, features["ucx"] = true;
+  features["ucx"] = true;
 #else
-  features["host"] = true, features["ucx"] = false;
+  features["ucx"] = false;
 #endif
 #ifdef FLASHMOE_WITH_CUDA
-  features["cuda"] = true, features["nvshmem"] = false;
+  features["cuda"] = true;
   d["cuda_architectures"] = FLASHMOE_WITH_CUDA, d["cuda_compiler"] = FLASHMOE_CUDA_COMPILER;
 #else
-  features["cuda"] = false, features["nvshmem"] = false;
+  features["cuda"] = false;
+#endif
+#ifdef FLASHMOE_WITH_NVSHMEM
+  features["nvshmem"] = true;
+#else
+  features["nvshmem"] = false;
 #endif
   d["version"] = FLASHMOE_VERSION, d["compiler"] = __VERSION__, d["cpp_standard"] = __cplusplus;
   d["isa"] = cpu_isa(), d["features"] = features;
@@ -165,6 +172,7 @@ PYBIND11_MODULE(_C, m) {
       "read_memory", [](uintptr_t memory, size_t bytes, int workers) { return read_memory(address(memory), bytes, workers); },
       py::arg("address"), py::arg("bytes"), py::arg("num_workers"), py::call_guard<py::gil_scoped_release>());
   m.def("available_memory", &available_memory_bytes);
+  bind_nvshmem(m);
 
   py::class_<SharedSegment, std::shared_ptr<SharedSegment>>(m, "Segment")
       .def_static("create", &SharedSegment::create, py::arg("bytes"))

@@ -22,6 +22,9 @@ NVSHMEM_FILES = {
     "csrc/bindings.cpp", "csrc/gpu/nvshmem_verbs.cuh", "csrc/gpu/remote_verbs.h", "csrc/platform/nvshmem.h",
     "csrc/runtime/cuda_kernel.h", "csrc/runtime/cuda_kernel.cu", "csrc/runtime/cuda_ranks.h", "csrc/runtime/moe_cuda.h",
     *(f"csrc/runtime/moe_cuda_{engine}_nvshmem.cu" for engine in ("exact", "sm80", "sm90")),
+    "csrc/bindings_nvshmem.h", "csrc/bindings_nvshmem.cpp",
+    *(f"csrc/runtime/nvshmem_{part}" for part in
+      ("adaptor.cpp", "calls.h", "library.h", "library.cpp", "world.h", "world.cpp")),
 }  # fmt: skip
 SAYS_NOTHING = {"types", "utils", "util", "common", "misc", "helpers"}
 MAX_LINES = 300
