@@ -23,9 +23,8 @@ def raise_not_a_tensor(**arguments) -> None:
 
 
 def check(
-    x, topk_ids, topk_weights, gate_up_proj, down_proj, gate_up_bias, down_bias, expert_map, activation, gated, *,
-    in_group: bool,
-) -> None:
+    x, topk_ids, topk_weights, gate_up_proj, down_proj, gate_up_bias, down_bias, expert_map, activation, gated,
+) -> None:  # fmt: skip
     """Everything about the arguments that shapes and types can say. Id values are checked where they are read."""
     dtype = x.dtype
     if dtype not in DTYPE_CODES:
@@ -56,7 +55,7 @@ def check(
             )
     on_cpu = x.is_cpu
     if not on_cpu:
-        _check_device(x, expert_map, in_group)
+        _check_device(x, expert_map)
     for name, tensor in (
         ("topk_ids", topk_ids), ("topk_weights", topk_weights), ("gate_up_proj", gate_up_proj),
         ("down_proj", down_proj), ("gate_up_bias", gate_up_bias), ("down_bias", down_bias),
@@ -100,13 +99,11 @@ def check(
         raise ValueError(f"activation must be one of {', '.join(ACTIVATION_CODES)}, got {activation!r}")
 
 
-def _check_device(x: Tensor, expert_map: Tensor | None, in_group: bool) -> None:
+def _check_device(x: Tensor, expert_map: Tensor | None) -> None:
     """Where tensors may lie that are not on the CPU."""
     kind = x.device.type
     if kind not in ("cuda", "meta"):  # meta: shapes alone, as a compiler asks for them
         raise ValueError(f"x must be on the CPU or on a CUDA device, got {x.device}")
-    if kind == "cuda" and in_group:
-        raise ValueError(f"x must be on the CPU: calls on a group do not reach other GPUs yet, got {x.device}")
     if kind == "cuda" and not BUILT_WITH_CUDA:
         raise ValueError(
             f"x must be on the CPU: this build of flashmoe has no CUDA half (`flashmoe info` tells why), got {x.device}"

@@ -1,4 +1,5 @@
-"""The GPUs as group=None sees them: a team of one rank for each device, made at first use, that grows with its calls."""
+"""The GPUs as a process alone sees them: for group=None, and each group of one rank, a team of one rank for each device,
+made at first use, that grows with its calls."""
 
 from __future__ import annotations
 
@@ -13,11 +14,11 @@ from .settings import settings_of_environment
 
 SM_MARGIN_VARIABLE = "FLASHMOE_SM_MARGIN"
 
-# The device of each layer's last call, if that was on a GPU.
-device_of_layer: dict[int, int] = {}
+# The device of each layer's last call, if that was on a GPU; layers are named by their group and number.
+device_of_layer: dict[tuple[str | None, int], int] = {}
 
 _lock = threading.Lock()
-_local: dict[int, _C.CudaTeam] = {}  # by device
+_local: dict[tuple[str | None, int], _C.CudaTeam] = {}  # by group (None: group=None) and device
 _watched: weakref.WeakSet[_C.CudaTeam] = weakref.WeakSet()
 
 
@@ -37,17 +38,23 @@ def may_round_to_tf32(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def forward(device: int, dtype: torch.dtype, layer: int, *arguments) -> None:
-    """One call of the device's local team, queued on the current stream; arguments as of _C.ForwardArgs."""
+def call(team: _C.CudaTeam, device: int, dtype: torch.dtype, arguments: tuple) -> None:
+    """One call of the team's rank in this process, queued on the current stream; arguments as of _C.ForwardArgs."""
     with torch.cuda.device(device):
-        team = _team_of(device)
         stream = torch.cuda.current_stream(device).cuda_stream
-        try:
-            team.forward([_C.ForwardArgs(*arguments)], stream, may_round_to_tf32(dtype))
-        except _C.PeerError:
-            _forget(team)  # the next call makes a new one
-            raise
-    device_of_layer[layer] = device
+        team.forward([_C.ForwardArgs(*arguments)], stream, may_round_to_tf32(dtype))
+
+
+def forward(name: str | None, device: int, dtype: torch.dtype, layer: int, *arguments) -> None:
+    """One call of that group's local team on the device."""
+    with torch.cuda.device(device):
+        team = _team_of(name, device)
+    try:
+        call(team, device, dtype, arguments)
+    except _C.PeerError:
+        _forget(team)  # the next call makes a new one
+        raise
+    device_of_layer[name, layer] = device
 
 
 def check() -> None:
@@ -60,9 +67,9 @@ def check() -> None:
             raise
 
 
-def stats(layer: int) -> dict | None:
+def stats(name: str | None, layer: int) -> dict | None:
     """Of the layer's last call on its GPU, for which this waits; of one that failed they mean nothing."""
-    team = _local.get(device_of_layer[layer])
+    team = _local.get((name, device_of_layer[name, layer]))
     tokens = None if team is None else team.tokens_per_expert(layer)
     if tokens is None:
         return None
@@ -84,12 +91,12 @@ def sm_margin_asked() -> int:
     return int(text)
 
 
-def _team_of(device: int) -> _C.CudaTeam:
+def _team_of(name: str | None, device: int) -> _C.CudaTeam:
     with _lock:
-        team = _local.get(device)
+        team = _local.get((name, device))
         if team is None:
             settings = settings_of_environment()
-            team = _local[device] = watched(
+            team = _local[name, device] = watched(
                 _C.CudaTeam(
                     device, timeout_s=settings.timeout_s, entry_timeout_s=settings.entry_timeout_s,
                     sm_margin=sm_margin_asked(),
@@ -100,5 +107,5 @@ def _team_of(device: int) -> _C.CudaTeam:
 
 def _forget(team: _C.CudaTeam) -> None:
     with _lock:
-        for device in [device for device, other in _local.items() if other is team]:
-            del _local[device]
+        for key in [key for key, other in _local.items() if other is team]:
+            del _local[key]

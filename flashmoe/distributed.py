@@ -12,16 +12,19 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
+from . import nvshmem
 from ._C import Group, local_group
 from .cores import usable_cores
+from .cuda_groups import CudaGroup
 from .settings import Settings, num_workers_asked, settings_of_environment
 from .world import World, join_group, next_world
 
 _lock = threading.RLock()
 _world: World | None = None
-_groups: dict[str, Group] = {}  # by name; the look-up of every call
+_groups: dict[str, Group | CudaGroup] = {}  # by name; the look-up of every call
 _process_groups: dict[str, Any] = {}  # by name
 _owns_torch_world = False
 # Counts init() and reserve() for the life of the process and never starts again: keys in the store stay behind, and
@@ -41,6 +44,7 @@ def init(
     remote_only: int | None = None,
     transport: str | None = None,
     num_workers: int | None = None,
+    device: torch.device | str | None = None,
 ) -> None:
     """Make this process a rank: join the torch world and allocate the symmetric memory of all groups to come.
 
@@ -71,11 +75,17 @@ def init(
             (default: FLASHMOE_TRANSPORT, else memory within a host and the network between hosts).
         num_workers: threads that compute on this rank; may differ between ranks
             (default: FLASHMOE_NUM_WORKERS, else this rank's share of the usable cores).
+        device: what this rank is, and where its calls' tensors lie: "cpu" or "cuda", the same on all ranks (default:
+            torch's default device, the CPU unless the program has set another). "cuda:2" names the GPU, and "cuda" is
+            the current one if torch.cuda.set_device() chose another than the first, else that which LOCAL_RANK
+            counts off. It is the current device afterwards. GPUs reach each other through NVSHMEM, which is
+            initialised once, over the whole world, and finalised when all ranks come to their end.
 
     Raises:
         ValueError: an argument is out of range, or the ranks' arguments differ; on every rank.
         RuntimeError: too little memory (found here, on every rank), ranks on several hosts without UCX, other
-            arguments while groups are in use, or an environment without what torchrun sets.
+            arguments while groups are in use, an environment without what torchrun sets, or a GPU, driver or NVSHMEM
+            that is missing or does not fit.
         PeerError: a rank did not come in time, or cannot be reached.
     """
     given = {
@@ -94,7 +104,7 @@ def init(
     def plan(current: Settings | None) -> Settings:
         return (current or settings_of_environment()).changed(changes)
 
-    _renew("init", plan, num_workers)
+    _renew("init", plan, num_workers, device)
 
 
 def reserve(
@@ -124,13 +134,14 @@ def reserve(
     if not is_initialized():
         raise RuntimeError("reserve() grows what init() made: call flashmoe.distributed.init() first")
 
-    _renew("reserve", lambda current: current.grown(asked), _world.num_workers)
+    _renew("reserve", lambda current: current.grown(asked), _world.num_workers, None)
 
 
 def finalize() -> None:
     """Let go of the groups, the arena and, if ``init()`` made it, the torch world. Not collective; safe to repeat.
 
-    A group that somebody still holds keeps its memory until it is dropped; to other hosts it leads no longer.
+    A group that somebody still holds keeps its memory until it is dropped; to other hosts it leads no longer. What GPUs
+    hold is freed when all ranks meet again, in ``init()``, or with the process: that takes all of them.
     """
     global _owns_torch_world
     with _lock:
@@ -154,6 +165,7 @@ def arena() -> dict[str, Any] | None:
     return {
         **dataclasses.asdict(_world.settings),
         "num_workers": _world.num_workers,
+        "device": str(_world.device),
         "generation": _world.generation,
         "rank": _world.rank,
         "world_size": _world.size,
@@ -182,7 +194,7 @@ def group_name(group: Any) -> str:
     return name
 
 
-def group_of(group: Any) -> Group:
+def group_of(group: Any) -> Group | CudaGroup:
     """The group of a ProcessGroup or of a name that ``group_name`` gave.
 
     At the first use its members agree, without the other ranks, and each takes its heap from the arena.
@@ -204,7 +216,7 @@ def group_of(group: Any) -> Group:
         return _groups[name]
 
 
-def _make_group(name: str) -> Group:
+def _make_group(name: str) -> Group | CudaGroup:
     process_group = _process_groups.get(name)
     if process_group is None:  # a name without its object: a graph that was compiled in an earlier process
         try:
@@ -229,7 +241,7 @@ def _num_workers_alone() -> int:
     return num_workers_asked(None) or max(1, usable_cores() // (int(local_ranks) if local_ranks.isdecimal() else 1))
 
 
-def _renew(call: str, plan: Callable[[Settings | None], Settings], num_workers: int | None) -> None:
+def _renew(call: str, plan: Callable[[Settings | None], Settings], num_workers: int | None, device: Any) -> None:
     global _world, _attempts
     with _lock:
         if not is_initialized():
@@ -241,10 +253,11 @@ def _renew(call: str, plan: Callable[[Settings | None], Settings], num_workers: 
             entry_timeout_s = Settings.entry_timeout_s  # the error is raised once all ranks are there to hear of it
         _join_torch_world(entry_timeout_s)
         _attempts += 1
-        world = next_world(call, _attempts, _world, lambda: plan(current), num_workers, entry_timeout_s)
+        world = next_world(call, _attempts, _world, lambda: plan(current), num_workers, device, entry_timeout_s)
         if world is not None:
             _drop_world()
             _world = world
+            world.settle()
 
 
 def _join_torch_world(timeout_s: float) -> None:
@@ -282,6 +295,7 @@ def _forget_in_forked_child() -> None:
     _process_groups.clear()
     _world = None
     _owns_torch_world = False
+    nvshmem.forget()
 
 
 os.register_at_fork(after_in_child=_forget_in_forked_child)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import threading
 import weakref
+from collections.abc import Callable
 
 import torch
 
 from . import _C, cuda_teams, distributed
+from .cuda_groups import CudaGroup
 
 # Groups given as objects, by the name they got here; groups looked up by name, for check().
 _given_groups: weakref.WeakValueDictionary[str, _C.Group] = weakref.WeakValueDictionary()
 _given_names: weakref.WeakKeyDictionary[_C.Group, str] = weakref.WeakKeyDictionary()
-_named_groups: weakref.WeakValueDictionary[str, _C.Group] = weakref.WeakValueDictionary()
+_named_groups: weakref.WeakValueDictionary[str, _C.Group | CudaGroup] = weakref.WeakValueDictionary()
 _given_count = itertools.count()
 
 
@@ -34,7 +37,7 @@ def name_of(group) -> str:
     return distributed.group_name(group)
 
 
-def find(name: str) -> _C.Group:
+def find(name: str) -> _C.Group | CudaGroup:
     group = _given_groups.get(name)
     if group is None:
         group = _named_groups[name] = distributed.group_of(name)
@@ -97,14 +100,36 @@ def forward(name: str | None, group: _C.Group, layer: int, *arguments) -> None:
         _kept_stats[name, last] = group.stats()
     group.forward(*arguments)
     _last_layer[name] = layer
-    if name is None:
-        cuda_teams.device_of_layer.pop(layer, None)
+    cuda_teams.device_of_layer.pop((name, layer), None)
+
+
+def call_on(name: str, group: _C.Group | CudaGroup, x: torch.Tensor) -> Callable[..., None]:
+    """What makes a call of the group where x lies: takes the layer, then the arguments of ``_C.Group.forward``.
+
+    Raises:
+        ValueError: the group's ranks are not there.
+    """
+    if isinstance(group, CudaGroup):
+        if x.device != group.device:
+            raise ValueError(f"x must be on {group.device}, where this rank of group {group.name!r} is, got {x.device}")
+        return functools.partial(group.forward, x.dtype)
+    if not x.is_cuda:
+        return functools.partial(forward, name, group)
+    if group.ep_size > 1:
+        raise ValueError(
+            f"x must be on the CPU, as the ranks of group {group.name!r} are (flashmoe.distributed.init(device='cuda') "
+            f"makes ranks of GPUs), got {x.device}"
+        )
+    return functools.partial(cuda_teams.forward, name, x.device.index, x.dtype)
 
 
 def stats_of_call(name: str | None, layer: int) -> dict | None:
     """Statistics of that layer's last call in this process on that group (None: the local one, of whatever device)."""
-    if name is None and layer in cuda_teams.device_of_layer:
-        return cuda_teams.stats(layer)
+    if (name, layer) in cuda_teams.device_of_layer:
+        return cuda_teams.stats(name, layer)
+    group = _named_groups.get(name)
+    if isinstance(group, CudaGroup):
+        return group.stats(layer)
     if _last_layer.get(name) != layer:
         return _kept_stats.get((name, layer))
     return (local.group if name is None else find(name)).stats()

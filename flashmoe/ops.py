@@ -38,7 +38,7 @@ def fused_moe(
 ) -> Tensor:
     """y[t] = Σ_j topk_weights[t, j] · FFN of expert topk_ids[t, j] on x[t], in float32, in the order of j.
 
-    All tensors lie on the CPU, or with group=None on one CUDA device; expert_map always on the CPU.
+    All tensors lie on the CPU or on one CUDA device, where the group's rank is; expert_map always on the CPU.
 
     x             [..., H] float32, bfloat16 or float16; T = the product of its leading sizes
     topk_ids      [T, k] int32 or int64; num_experts or -1 means dropped
@@ -117,23 +117,23 @@ def _forward(
 
 
 def _moe_local(*args):
-    check(*args[:-1], in_group=False)
+    check(*args[:-1])
     x = args[0]
     if x.is_cuda:
-        return _forward(functools.partial(cuda_teams.forward, x.device.index, x.dtype), 1, *args)
+        return _forward(functools.partial(cuda_teams.forward, None, x.device.index, x.dtype), 1, *args)
     with groups.local.lock:
         return _forward(functools.partial(groups.forward, None, groups.local.acquire()), 1, *args)
 
 
 def _moe_ep(*args):
     *args, name = args
-    check(*args[:-1], in_group=True)
+    check(*args[:-1])
     group = groups.find(name)
-    return _forward(functools.partial(groups.forward, name, group), group.ep_size, *args)
+    return _forward(groups.call_on(name, group, args[0]), group.ep_size, *args)
 
 
 def _moe_fake(*args):
-    check(*args[:10], in_group=len(args) > 11)
+    check(*args[:10])
     return torch.empty_like(args[0], memory_format=torch.contiguous_format)
 
 

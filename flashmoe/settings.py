@@ -36,6 +36,7 @@ class Settings:
     entry_timeout_s: float = 600.0
     remote_only: int | None = None
     transport: str | None = None
+    device: str = "cpu"  # what ranks are: "cpu" or "cuda"
 
     def limits(self, ep_size: int) -> Limits:
         return Limits(ep_size, self.max_tokens, self.max_wire_bytes, self.max_top_k, self.max_experts)
@@ -78,6 +79,8 @@ class Settings:
             raise ValueError(f"transport must be None, 'shm' or 'ucx', got {settings.transport!r}")
         if seed is not None and settings.transport == "ucx":
             raise ValueError("remote_only rehearses a network, so transport must not be 'ucx' with it")
+        if settings.device == "cuda" and seed is not None:
+            raise ValueError("remote_only rehearses a network between ranks on CPUs, got it with device='cuda'")
         return settings
 
     def grown(self, asked: dict[str, int]) -> "Settings":

@@ -5,10 +5,13 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from ._C import Group, PeerError
 from .arena import Arena, build_arena
+from .cuda_arena import CudaArena, build_cuda_arena, device_of_rank, free_idle
+from .cuda_groups import CudaGroup
 from .cores import share_of_cores
 from .hosts import machine_id
 from .rendezvous import Rendezvous
@@ -22,7 +25,8 @@ class World:
     Attributes:
         process_group: torch's world at that time.
         store: a ``torch.distributed.Store`` whose keys belong to this generation alone.
-        arena: None in a world of one rank.
+        device: where this rank computes: the CPU, or one GPU.
+        arena: None in a world of one rank; a CudaArena if ranks are GPUs.
         groups: by name, those that took their heap from the arena.
         broken: by name, why a group could not be made.
     """
@@ -34,14 +38,22 @@ class World:
     generation: int
     settings: Settings
     num_workers: int
+    device: torch.device
     arena: Arena | None
-    groups: dict[str, Group] = dataclasses.field(default_factory=dict)
+    groups: dict[str, Group | CudaGroup] = dataclasses.field(default_factory=dict)
     broken: dict[str, tuple[type[Exception], str]] = dataclasses.field(default_factory=dict)
 
     def failed(self) -> bool:
         return bool(self.broken) or any(group.failed for group in self.groups.values())
 
+    def settle(self) -> None:
+        """Collective, once no rank holds what was before: GPUs' memory is freed by all or by none."""
+        if isinstance(self.arena, CudaArena):
+            free_idle(self.arena.rendezvous, "idle after", self.settings.timeout_s)
+
     def close(self) -> None:
+        if isinstance(self.arena, CudaArena) and self.failed():
+            self.arena.leak()
         self.groups.clear()
         if self.arena is not None:
             self.arena.close()
@@ -53,6 +65,7 @@ def next_world(
     current: World | None,
     plan: Callable[[], Settings],
     num_workers: int | None,
+    device: Any,
     timeout_s: float,
 ) -> World | None:
     """One attempt of all ranks to agree on the settings, and a new world if they need one; None if they do not.
@@ -62,6 +75,7 @@ def next_world(
         generation: a number that no earlier attempt had; all ranks count alike.
         current: what this rank has now.
         plan: the settings this rank wants; what it raises, every rank raises.
+        device: where this rank wants to compute, as ``init`` takes it.
         timeout_s: how long ranks may come late.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -75,9 +89,12 @@ def next_world(
     )
 
     def ask() -> dict[str, Any]:
+        places.append(device_of_rank(device, current.device if current is not None else None))
+        settings = plan().changed({"device": places[-1].type})
         return {
             "call": call,
-            "settings": dataclasses.asdict(plan()),
+            "settings": dataclasses.asdict(settings),
+            "moves": current is not None and current.device != places[-1],
             "num_workers": num_workers_asked(num_workers),
             "current": dataclasses.asdict(current.settings) if current is not None else None,
             "used": current is not None and bool(current.groups),
@@ -86,12 +103,13 @@ def next_world(
             "machine": machine_id(),
         }
 
+    places: list[torch.device] = []
     asked = rendezvous.exchange("ask", ask, timeout_s)
     _check_agreement(asked)
     mine = asked[rank]
     settings = Settings(**mine["settings"])
     whole = all(other["current"] is not None for other in asked) and not any(other["failed"] for other in asked)
-    if whole and all(other["settings"] == other["current"] for other in asked):
+    if whole and all(other["settings"] == other["current"] and not other["moves"] for other in asked):
         return None
     if whole and call == "init" and any(other["used"] for other in asked):
         changed = [name for name, value in mine["settings"].items() if value != mine["current"][name]]
@@ -100,16 +118,23 @@ def next_world(
             f"{_listing(mine['settings'], changed)}, and groups are in use: grow with "
             f"flashmoe.distributed.reserve(), or call flashmoe.distributed.finalize() on every rank before"
         )
+    place = places[-1]
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
     arena = None
     if size > 1:
-        arena = build_arena(rendezvous, settings.arena_bytes(size), settings.timeout_s, settings.transport)
+        cuda = place.type == "cuda"
+        arena = (
+            build_cuda_arena(rendezvous, settings, place) if cuda
+            else build_arena(rendezvous, settings.arena_bytes(size), settings.timeout_s, settings.transport)
+        )  # fmt: skip
     workers = mine["num_workers"] or share_of_cores(
         mine["cores"], [other["cores"] for other in asked if other["machine"] == mine["machine"]]
     )
-    return World(dist.group.WORLD, store, rank, size, generation, settings, workers, arena)
+    return World(dist.group.WORLD, store, rank, size, generation, settings, workers, place, arena)
 
 
-def join_group(world: World, name: str, members: list[int]) -> Group:
+def join_group(world: World, name: str, members: list[int]) -> Group | CudaGroup:
     """The group of the global ranks ``members``, made with them alone at its first use.
 
     Raises:
@@ -130,7 +155,7 @@ def join_group(world: World, name: str, members: list[int]) -> Group:
     return world.groups[name]
 
 
-def _join(world: World, name: str, members: list[int]) -> Group:
+def _join(world: World, name: str, members: list[int]) -> Group | CudaGroup:
     settings, arena = world.settings, world.arena
     limits = settings.limits(len(members))
     waiting = dist.PrefixStore("waiting", world.store)
@@ -162,10 +187,13 @@ def _join(world: World, name: str, members: list[int]) -> Group:
             raise error
 
     rendezvous = rendezvous_of(name, members)
-    made: list[Group] = []
+    made: list[Group | CudaGroup] = []
 
     def make() -> None:
         offsets = [entry["offset"] for entry in entries]
+        if isinstance(arena, CudaArena):
+            made.append(arena.make_group(name, members, members.index(world.rank), limits, offsets, settings))
+            return
         group = Group(
             name,
             members.index(world.rank),

@@ -10,7 +10,7 @@ from thread_ranks import make_team
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flashmoe
-from flashmoe import MoE, arguments, cuda_teams
+from flashmoe import MoE, arguments, cuda_teams, groups
 
 T, H, I, E, K = 12, 32, 24, 8, 2
 CUDA = torch.device("cuda", 0)
@@ -75,11 +75,15 @@ def test_a_layer_keeps_its_placement_on_the_host():
     assert y.shape == (T, H)
 
 
-def test_groups_have_no_gpus_yet(with_cuda):
-    (group,) = make_team(1)
-    message = "x must be on the CPU: calls on a group do not reach other GPUs yet, got cuda:0"
-    with FakeTensorMode(), pytest.raises(ValueError, match=re.escape(message)):
-        flashmoe.fused_moe(**on_gpu(), group=group)
+def test_ranks_on_cpus_take_no_tensors_on_gpus():
+    group = make_team(2)[0]
+    with FakeTensorMode():
+        x = torch.empty(T, H, device=CUDA)
+    message = r"x must be on the CPU, as the ranks of group 'team' are \(.*init\(device='cuda'\).*\), got cuda:0"
+    with pytest.raises(ValueError, match=message):
+        groups.call_on("team", group, x)
+    (alone,) = make_team(1)
+    assert groups.call_on("alone", alone, x).func is cuda_teams.forward
 
 
 def test_other_devices():
@@ -105,7 +109,7 @@ class Team:
 def team(monkeypatch):
     gc.collect()  # groups of other tests that failed, and that only a cycle still holds
     team = Team()
-    monkeypatch.setattr(cuda_teams, "_local", {0: team})
+    monkeypatch.setattr(cuda_teams, "_local", {(None, 0): team})
     monkeypatch.setattr(cuda_teams, "_watched", {team})
     return team
 
@@ -115,7 +119,7 @@ def test_check_tells_of_gpus_and_a_failed_team_is_made_anew(team):
     team.answer = ValueError("topk_ids must lie in [0, 8)")
     with pytest.raises(ValueError, match="topk_ids"):
         flashmoe.check()
-    assert cuda_teams._local == {0: team}, "a bad id is no reason for a new team"
+    assert cuda_teams._local == {(None, 0): team}, "a bad id is no reason for a new team"
     team.answer = flashmoe.PeerError("no progress")
     with pytest.raises(flashmoe.PeerError, match="no progress"):
         flashmoe.check()
@@ -124,7 +128,7 @@ def test_check_tells_of_gpus_and_a_failed_team_is_made_anew(team):
 
 def test_statistics_come_from_where_the_last_call_ran(team, monkeypatch):
     layer = MoE(H, I, E, K)
-    monkeypatch.setattr(cuda_teams, "device_of_layer", {layer.layer: 0})
+    monkeypatch.setattr(cuda_teams, "device_of_layer", {(None, layer.layer): 0})
     assert layer.stats == {
         "tokens_per_expert": [layer.layer] * 3,
         "bytes_per_peer": {kind: [0] for kind in ("header", "rows", "results", "signals")},
