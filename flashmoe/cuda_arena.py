@@ -118,6 +118,18 @@ def build_cuda_arena(rendezvous: Rendezvous, settings: Settings, device: torch.d
         RuntimeError: what NVSHMEM lacks, or too little memory on a GPU; on every rank.
         PeerError: a rank did not come in time.
     """
+    found = rendezvous.exchange("process", _process, settings.timeout_s)
+    here = found[rendezvous.rank]["visible"]
+    peers = PeerProcesses([other["pid"] if other["visible"] == here else 0 for other in found])
+    rendezvous.is_alive = peers.is_alive  # before anybody waits in the library, which would not notice
+    try:
+        return _build(rendezvous, settings, device, peers)
+    except BaseException:
+        peers.close()
+        raise
+
+
+def _build(rendezvous: Rendezvous, settings: Settings, device: torch.device, peers: PeerProcesses) -> CudaArena:
     world_size, timeout_s = len(rendezvous.members), settings.timeout_s
     num_bytes = settings.arena_bytes(world_size)
     stage_bytes = settings.max_groups * round_up(_C.CudaTeam.stage_bytes(settings.limits(world_size)))
@@ -134,8 +146,6 @@ def build_cuda_arena(rendezvous: Rendezvous, settings: Settings, device: torch.d
     stages = allocate_together(rendezvous, "stages", stage_bytes, timeout_s) if any(unmapped) else None
     for rank, not_mapped in zip(ranks, unmapped, strict=True):
         rank["unmapped"] = not_mapped
-    here = ranks[rendezvous.rank]
-    peers = PeerProcesses([r["pid"] if r["processes"] == here["processes"] else 0 for r in ranks])
     return CudaArena(rendezvous, device, heaps, stages, ranks, peers)
 
 
@@ -165,13 +175,20 @@ def free_idle(rendezvous: Rendezvous, step: str, timeout_s: float) -> None:
         )
 
 
+def _process() -> dict[str, Any]:
+    # A number names a process on one host, and there in one namespace.
+    return {"pid": os.getpid(), "visible": [_boot_id(), os.readlink("/proc/self/ns/pid")]}
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
 def _gpu(device: torch.device) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(device)
     return {
         "host": socket.gethostname(),
-        "boot_id": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-        "processes": [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")],
-        "pid": os.getpid(),
+        "boot_id": _boot_id(),
         "device": str(device),
         "name": properties.name,
         "uuid": str(getattr(properties, "uuid", device.index)),
