@@ -18,6 +18,7 @@ from .page import write_report
 from .run import run
 from .run_options import DTYPES, RunOptions
 from .settings import NUM_WORKERS_VARIABLE, REMOTE_ONLY_VARIABLE, num_workers_asked, settings_of_environment
+from .topology import topology, topology_text
 
 _DEFAULT_MODEL, _DEFAULT_SCALE = "qwen3-30b-a3b", 4  # a minute at most on two cores
 
@@ -87,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="versions, features of the build, the machine")
     info.add_argument("--json", action="store_true", help="as JSON")
+    info.add_argument("--distributed", action="store_true", help="of all ranks, under torchrun: where each is, what "
+                      "device it has, how it reaches the others, and what is missing")
     info.set_defaults(command=_info)
     return parser
 
@@ -144,9 +147,18 @@ def _report(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _info(options: argparse.Namespace, arguments: list[str]) -> int:
+    if options.distributed:
+        return _topology(options)
     known = information()
     print(json.dumps(known, indent=1) if options.json else information_text(known))
     return 0
+
+
+def _topology(options: argparse.Namespace) -> int:
+    ranks = topology()
+    if os.environ.get("RANK") == "0":
+        print(json.dumps(ranks, indent=1) if options.json else topology_text(ranks))
+    return int(any("error" in found for found in ranks))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import _C
+from . import _C, nvshmem
 from ._version import __version__
 from .cores import usable_cores
 from .hosts import ucx_version
@@ -70,10 +70,7 @@ def information() -> dict[str, Any]:
             "cuda_in_torch": torch.version.cuda,
             "nvidia_driver": Path("/proc/driver/nvidia/version").exists(),
             "nvcc": shutil.which("nvcc"),
-            "nvshmem": next(
-                (f"{name} {_version_of(name)}" for name in ("nvidia-nvshmem-cu13", "nvidia-nvshmem-cu12")
-                 if _version_of(name)), None
-            ),
+            "nvshmem": _nvshmem(),
             "ucx": _ucx(),
         },
         "arena_defaults": {
@@ -108,7 +105,7 @@ def information_text(information: dict[str, Any]) -> str:
                      if build["features"]["cuda"] else "none in this build"),
         ("CUDA", f"torch {found['cuda_in_torch'] or 'without'}, driver {'yes' if found['nvidia_driver'] else 'no'}, "
                  f"nvcc {found['nvcc'] or 'no'}"),
-        ("NVSHMEM", found["nvshmem"] or "not installed"),
+        ("NVSHMEM", _nvshmem_text(found["nvshmem"])),
         ("UCX", found["ucx"]),
         ("arena", f"by default {defaults['max_tokens']} tokens of {defaults['max_wire_bytes']} bytes, "
                   f"k {defaults['max_top_k']}, {defaults['max_groups']} groups: {arena}"),
@@ -129,6 +126,20 @@ def _ucx() -> str:
         return ucx_version()
     except RuntimeError as error:
         return str(error)
+
+
+def _nvshmem() -> dict[str, str | None]:
+    """version, path and found of the library as it would be used, and the headers of this build; or why not."""
+    headers = getattr(_C, "nvshmem_headers", None)
+    try:
+        return {**nvshmem.library(), "headers": headers, "missing": None}
+    except RuntimeError as error:
+        return {"version": None, "path": None, "found": None, "headers": headers, "missing": str(error)}
+
+
+def _nvshmem_text(known: dict[str, str | None]) -> str:
+    use = f"this build has headers of {known['headers']}" if known["headers"] else "this build cannot use it"
+    return known["missing"] or f"{known['version']} ({known['found']}: {known['path']}); {use}"
 
 
 def _gpus() -> list[str]:
