@@ -7,7 +7,7 @@ Needs the packages of requirements-cuda.txt. For every kernel: no spills, no sta
 gave up registers or pipelining. For Ampere's: that the matrix unit, its loads and the copies that do not wait are
 used. For Hopper's: that the matrix unit, TMA and the register hand-over are used, that products are issued in groups,
 and that nothing is called between the first product and the last. Of the extension: that without a driver it can be
-imported, computes on the CPU, and says clearly what it cannot do. Ends with a table, and exit code 1 if anything
+imported, computes on the CPU, finds NVSHMEM, and says clearly what it cannot do. Ends with a table, and exit code 1 if anything
 failed.
 """
 
@@ -52,6 +52,22 @@ right = flashmoe.moe_reference(x, ids, weights, gate_up, down, compute_dtype=tor
 torch.testing.assert_close(y, right.float())
 flashmoe.check()
 print("  fused_moe computes on the CPU")
+assert flashmoe.build_info()["features"]["nvshmem"], "built without NVSHMEM's headers"
+from flashmoe import nvshmem
+found = nvshmem.library()
+assert found["found"] == ("mapped in this process before" if torch.version.cuda else "a package"), found
+world = nvshmem.world()
+unique_id = world.unique_id()
+assert len(unique_id) == 128 and any(unique_id)
+for _ in range(2):
+    try:
+        world.initialize(unique_id, 0, 1, 0)
+    except RuntimeError as error:
+        said = str(error)
+        assert "no CUDA driver" in said, said
+    else:
+        raise AssertionError("a PE without a GPU")
+print(f"  NVSHMEM {found['version']} makes a unique id; to initialise it says: {said}")
 """
 
 
