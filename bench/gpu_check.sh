@@ -41,17 +41,32 @@ sanitize() {  # tool
     "$python" -m pytest -q -p no:cacheprovider tests/test_cuda.py tests/test_cuda_ranks.py \
     -k "no_tokens_small or dropped_and_skewed_small or two_ranks_small"
 }
-export -f tests sanitize
+# Several processes on the card: at once where MPS can be started, else in turns.
+processes() {
+  CUDA_MPS_PIPE_DIRECTORY=$(mktemp -d)
+  export CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY=$CUDA_MPS_PIPE_DIRECTORY
+  if nvidia-cuda-mps-control -d && trap 'echo quit | nvidia-cuda-mps-control' EXIT &&
+    "$python" -c 'import torch; torch.zeros(1, device="cuda")'; then
+    echo "processes share the card through MPS"
+  else
+    echo "processes take turns on the card: MPS does not run here"
+    unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
+  fi
+  tests tests/test_cuda_nvshmem.py -rs
+}
+export -f tests sanitize processes
+out=$(realpath "$out")
 export python out
 
 step build 150 "$python" setup.py --quiet build_ext --inplace
-step info 20 "$python" -m flashmoe info
-step layer 90 bash -c 'tests tests/test_cuda.py'
+step info 20 bash -c '"$python" -m flashmoe info && "$python" -m torch.distributed.run -m flashmoe info --distributed'
+step layer 80 bash -c 'tests tests/test_cuda.py'
 step ranks 45 bash -c 'tests tests/test_cuda_ranks.py'
 step graphs 35 bash -c 'tests tests/test_cuda_graphs.py'
-step memcheck 40 bash -c 'sanitize memcheck'
-step racecheck 40 bash -c 'sanitize racecheck'
-step benchmark 110 "$python" bench/gpu_layer.py --seconds 90 --json "$out/gpu_layer.json"
+step processes 75 bash -c processes
+step memcheck 35 bash -c 'sanitize memcheck'
+step racecheck 35 bash -c 'sanitize racecheck'
+step benchmark 60 "$python" bench/gpu_layer.py --seconds 45 --json "$out/gpu_layer.json"
 
 printf '\n'
 printf '%s\n' "${table[@]}" | tee "$out/gpu_check.txt"
