@@ -134,45 +134,19 @@ def _build(rendezvous: Rendezvous, settings: Settings, device: torch.device, pee
     num_bytes = settings.arena_bytes(world_size)
     stage_bytes = settings.max_groups * round_up(_C.CudaTeam.stage_bytes(settings.limits(world_size)))
     nvshmem.initialize(rendezvous, device.index, num_bytes + stage_bytes, timeout_s)
-    free_idle(rendezvous, "idle before", timeout_s)
+    nvshmem.free_idle(rendezvous, "idle before", timeout_s)
 
     ranks = rendezvous.exchange("gpu", lambda: _gpu(device), timeout_s)
     _check_memory(ranks, num_bytes)
-    heaps = allocate_together(rendezvous, "heaps", num_bytes, timeout_s)
+    heaps = nvshmem.allocate(rendezvous, "heaps", num_bytes, timeout_s)
     pe_of = [rank["pe"] for rank in ranks]
     unmapped = rendezvous.exchange(
         "unmapped", lambda: [rank for rank, pe in enumerate(pe_of) if not heaps.mapped[pe]], timeout_s
     )
-    stages = allocate_together(rendezvous, "stages", stage_bytes, timeout_s) if any(unmapped) else None
+    stages = nvshmem.allocate(rendezvous, "stages", stage_bytes, timeout_s) if any(unmapped) else None
     for rank, not_mapped in zip(ranks, unmapped, strict=True):
         rank["unmapped"] = not_mapped
     return CudaArena(rendezvous, device, heaps, stages, ranks, peers)
-
-
-def allocate_together(rendezvous: Rendezvous, step: str, num_bytes: int, timeout_s: float) -> Any:
-    """Zeroed symmetric memory, or an error on every rank; then whoever got some keeps it, since to free it takes all."""
-    got = []
-
-    def allocate() -> None:
-        got.append(nvshmem.world().allocate(num_bytes))
-
-    try:
-        nvshmem.together(rendezvous, step, allocate, timeout_s)
-    except BaseException:
-        for memory in got:
-            memory.leak()
-        raise
-    return got[0]
-
-
-def free_idle(rendezvous: Rendezvous, step: str, timeout_s: float) -> None:
-    """Free what no rank uses any more: a collective."""
-    idle = rendezvous.exchange(step, lambda: nvshmem.world().idle(), timeout_s)
-    everywhere = sorted(set(idle[0]).intersection(*idle[1:]))
-    if everywhere:
-        nvshmem.together(
-            rendezvous, f"{step}: free", lambda: [nvshmem.world().free(number) for number in everywhere] and None, timeout_s
-        )
 
 
 def _process() -> dict[str, Any]:

@@ -23,6 +23,7 @@ from .rendezvous import Rendezvous
 _PACKAGES = ("nvidia-nvshmem-cu13", "nvidia-nvshmem-cu12")
 _DEFAULT_HEAP = 2**30  # NVSHMEM's own, where it does not map memory on demand
 _OWN_BYTES = 64 * 2**20  # of the heap, for what the library keeps there itself
+_LIBRARY_S = 60.0  # that a call of the library may take at least, once all ranks are there
 _GRACE_S = 5.0  # for a call in which others have failed, and for all to come to the end
 
 _world: _C.NvshmemWorld | None = None
@@ -94,7 +95,7 @@ def initialize(rendezvous: Rendezvous, device: int, heap_bytes: int, timeout_s: 
             with _heap_of(heap_bytes):
                 world().initialize(unique_id, rank, size, device, _C.nvshmem_modules())
 
-        together(rendezvous, "nvshmem init", start, timeout_s)
+        together(rendezvous, "nvshmem init", start, max(timeout_s, _LIBRARY_S))
     if _meeting is None:
         # A store of its own reference: torch's world may be destroyed before the end.
         store = dist.PrefixStore("flashmoe/nvshmem", dist.distributed_c10d._get_default_store())
@@ -141,6 +142,33 @@ def together(rendezvous: Rendezvous, step: str, call: Callable[[], Any], timeout
         return value
 
     return rendezvous.exchange(step, patiently, timeout_s)
+
+
+def allocate(rendezvous: Rendezvous, step: str, num_bytes: int, timeout_s: float) -> Any:
+    """Zeroed symmetric memory, or an error on every rank; then whoever got some keeps it, since to free it takes all."""
+    got = []
+    try:
+        together(
+            rendezvous, step, lambda: got.append(world().allocate(num_bytes)), max(timeout_s, _LIBRARY_S)
+        )  # fmt: skip
+    except BaseException:
+        for memory in got:
+            memory.leak()
+        raise
+    return got[0]
+
+
+def free_idle(rendezvous: Rendezvous, step: str, timeout_s: float) -> None:
+    """Free what no rank uses any more; collective."""
+    idle = rendezvous.exchange(step, world().idle, timeout_s)
+
+    def free() -> None:
+        for number in everywhere:
+            world().free(number)
+
+    everywhere = sorted(set(idle[0]).intersection(*idle[1:]))
+    if everywhere:
+        together(rendezvous, f"{step}: free", free, max(timeout_s, _LIBRARY_S))
 
 
 def give_up(why: str) -> None:

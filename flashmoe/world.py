@@ -8,9 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from . import nvshmem
 from ._C import Group, PeerError
 from .arena import Arena, build_arena
-from .cuda_arena import CudaArena, build_cuda_arena, device_of_rank, free_idle
+from .cuda_arena import CudaArena, build_cuda_arena, device_of_rank
 from .cuda_groups import CudaGroup
 from .cores import share_of_cores
 from .hosts import machine_id
@@ -49,7 +50,7 @@ class World:
     def settle(self) -> None:
         """Collective, once no rank holds what was before: GPUs' memory is freed by all or by none."""
         if isinstance(self.arena, CudaArena):
-            free_idle(self.arena.rendezvous, "idle after", self.settings.timeout_s)
+            nvshmem.free_idle(self.arena.rendezvous, "idle after", self.settings.timeout_s)
 
     def close(self) -> None:
         if isinstance(self.arena, CudaArena) and self.failed():

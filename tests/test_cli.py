@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import flashmoe
-from flashmoe import _C, accuracy, activations, baselines, cli, contention, cuda_teams, measure, run, topology
+from flashmoe import _C, accuracy, activations, baselines, cli, contention, measure, run
 from flashmoe.models import SHAPES
 
 SMALL = ["--tokens", "24", "--iters", "3", "--warmup", "1", "--seconds", "2"]
@@ -260,20 +259,6 @@ def test_info(capsys):
     assert torch.__version__ in text and known["build"]["isa"] in text and "NVSHMEM" in text
     found = known["found"]["nvshmem"]
     assert (found["version"] is None) == ("pip install nvidia-nvshmem" in (found["missing"] or ""))
-
-
-def tell_topology() -> int:
-    return cli.main(["info", "--distributed", "--json"])
-
-
-@pytest.mark.skipif(cuda_teams.has_cuda(), reason="ranks would be GPUs")
-def test_info_of_all_ranks(capfd):
-    assert flashmoe.launch(tell_topology, 2) == [0, 0]
-    ranks = json.loads(capfd.readouterr().out)
-    assert [found["peers"] for found in ranks] == [["self", "mapped"], ["mapped", "self"]]
-    assert {found["device"] for found in ranks} == {"cpu"} and ranks[1]["heap_bytes"] > 2**20
-    text = topology.topology_text([{**ranks[0], "error": "one"}, {**ranks[1], "settings": {"NVSHMEM_DEBUG": "INFO"}}])
-    assert "self mapped" in text and "rank 0: error: one" in text and "rank 1: NVSHMEM_DEBUG=INFO" in text
 
 
 def test_slow_contenders_get_fewer_samples():
