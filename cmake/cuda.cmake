@@ -51,6 +51,7 @@ if(with_cuda)
     target_sources(_C PRIVATE $<TARGET_OBJECTS:${name}>)
   endfunction()
 
+  include(cmake/nvshmem.cmake)
   file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/runtime/*.cu)
   list(FILTER cuda_sources EXCLUDE REGEX "_nvshmem\\.cu$")
   # What is Hopper's alone no other architecture can compile.
@@ -64,5 +65,4 @@ if(with_cuda)
   list(JOIN FLASHMOE_CUDA_ARCHITECTURES " " architectures)
   target_compile_definitions(_C PRIVATE
     FLASHMOE_WITH_CUDA="${architectures}" FLASHMOE_CUDA_COMPILER="${CMAKE_CUDA_COMPILER_VERSION}")
-  include(cmake/nvshmem.cmake)
 endif()
