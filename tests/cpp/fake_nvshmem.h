@@ -66,6 +66,7 @@ class FakePe {
   std::atomic<int> calls = 0;  // of the library, but for questions
   std::vector<void*> modules;
   std::set<void*> freed;
+  bool gpu_idle = true;  // it has been waited for, since it was asked for anything
 
   NvshmemCalls table() {
     NvshmemCalls t;
@@ -109,6 +110,7 @@ class FakePe {
       const Turn turn(*this, "free");
       if (!data) return;  // and nobody is met
       misuse(live_.count(data) == 1, "free of what is not allocated");
+      misuse(gpu_idle, "free while the GPU may write there");
       job_.meet(pe_, "free of allocation " + std::to_string(live_[data]));
       live_.erase(data);
       freed.insert(data);
@@ -135,7 +137,7 @@ class FakePe {
     t.finalize = [this] {
       const Turn turn(*this, "finalize");
       misuse(modules.empty(), "finalize before its modules");
-      misuse(synchronized_, "finalize while the GPU may work");
+      misuse(gpu_idle, "finalize while the GPU may work");
       job_.meet(pe_, "finalize");
       status = NvshmemStatus::kNone;
       live_.clear();
@@ -146,9 +148,9 @@ class FakePe {
     };
     t.zero = [this](void* data, size_t bytes) {
       std::memset(data, 0, bytes);
-      synchronized_ = false;
+      gpu_idle = false;
     };
-    t.synchronize = [this] { synchronized_ = true; };
+    t.synchronize = [this] { gpu_idle = true; };
     return t;
   }
 
@@ -172,7 +174,6 @@ class FakePe {
   FakeJob& job_;
   int pe_, device_ = -1;
   std::atomic<bool> inside_ = false;
-  bool synchronized_ = true;
   std::vector<std::unique_ptr<std::byte[]>> heap_;
   std::map<void*, int> live_;
   int allocations_ = 0;

@@ -83,6 +83,8 @@ void test_a_life() {
     check(arena.number() == 1 && arena.bytes() == kBytes && arena.mapped()[pe] == arena.data(), "its own as it is");
     check(std::all_of(arena.data(), arena.data() + kBytes, [](std::byte b) { return b == std::byte(0); }), "zeroed");
     check(uintptr_t(arena.data()) % 4096 == 0, "on a page");
+    check(job.pes[pe]->gpu_idle, "and that is done when others hear of it");
+    job.pes[pe]->gpu_idle = false;  // a call is made
     check(job.worlds[pe]->idle().empty(), "held");
   }
   check(arenas[0]->mapped()[1] == arenas[0]->data() + 2000 && !arenas[0]->mapped()[2], "mapped as the library says");
@@ -107,6 +109,7 @@ void test_generations_of_arenas() {
   check(job.worlds[0]->idle() == std::vector<uint64_t>{1} && job.worlds[1]->idle().empty(), "idle on one PE alone");
   check_raises("not idle here", [&] { job.worlds[1]->free(1); });
   first[1].reset();
+  job.pes[0]->gpu_idle = false;
   job.on_all([&](int pe) { job.worlds[pe]->free(1); });
   check(job.pes[0]->freed.count(data) == 1 && job.worlds[0]->idle().empty(), "freed, by all");
   check_raises("not idle here", [&] { job.worlds[0]->free(1); });
