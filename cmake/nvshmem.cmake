@@ -4,10 +4,13 @@
 # FLASHMOE_NVSHMEM_INCLUDE is for host code, 3.4 or later: NVSHMEM_HOME's, or those of the package beside the Python that
 # builds. FLASHMOE_NVSHMEM_DEVICE_INCLUDE is for GPU code that calls NVSHMEM, 3.7 or later: the same, if they will do.
 
-set(NVSHMEM_HOME "$ENV{NVSHMEM_HOME}" CACHE PATH "Where NVSHMEM lies; empty: the package nvidia-nvshmem-cu12 or -cu13")
+if(NOT NVSHMEM_HOME)
+  set(NVSHMEM_HOME "$ENV{NVSHMEM_HOME}")
+endif()
 execute_process(
   COMMAND ${Python_EXECUTABLE} -c "import sysconfig; print(sysconfig.get_path('purelib'))"
   OUTPUT_VARIABLE site_packages OUTPUT_STRIP_TRAILING_WHITESPACE)
+unset(FLASHMOE_NVSHMEM_INCLUDE CACHE)  # the package comes and goes, and an isolated build's moves
 find_path(FLASHMOE_NVSHMEM_INCLUDE nvshmem_host.h
   PATHS ${NVSHMEM_HOME}/include ${site_packages}/nvidia/nvshmem/include NO_DEFAULT_PATH)
 
