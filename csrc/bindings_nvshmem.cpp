@@ -81,6 +81,7 @@ void bind_nvshmem(py::module_& m) {
       .def("abandon", &NvshmemWorld::abandon, py::arg("why"))
       .def_property_readonly("ready", &NvshmemWorld::ready)
       .def_property_readonly("foreign", &NvshmemWorld::foreign)
+      .def_property_readonly("state", &NvshmemWorld::state)
       .def_property_readonly("pe", &NvshmemWorld::pe)
       .def_property_readonly("size", &NvshmemWorld::size);
 #endif

@@ -23,6 +23,7 @@ from .rendezvous import Rendezvous
 _PACKAGES = ("nvidia-nvshmem-cu13", "nvidia-nvshmem-cu12")
 _DEFAULT_HEAP = 2**30  # NVSHMEM's own, where it does not map memory on demand
 _OWN_BYTES = 64 * 2**20  # of the heap, for what the library keeps there itself
+_MAY_BEGIN = ("not initialised", "initialised by somebody else")
 _LIBRARY_S = 60.0  # that a call of the library may take at least, once all ranks are there
 _GRACE_S = 5.0  # for a call in which others have failed, and for all to come to the end
 
@@ -76,22 +77,25 @@ def initialize(rendezvous: Rendezvous, device: int, heap_bytes: int, timeout_s: 
 
     def look() -> dict[str, Any]:
         mine = world()
-        return {"ready": mine.ready, "size": mine.size if mine.ready else size, "version": library()["version"]}
+        if mine.state not in ("initialised", *_MAY_BEGIN):
+            raise RuntimeError(f"NVSHMEM is {mine.state}")
+        return {"state": mine.state, "version": library()["version"], "ranks": mine.size if mine.ready else size}
 
     seen = rendezvous.exchange("nvshmem", look, timeout_s)
-    for what in ("ready", "version", "size"):
+    for what in ("state", "version", "ranks"):
         if any(other[what] != seen[0][what] for other in seen):
             raise RuntimeError(
                 f"NVSHMEM must be the same on all ranks, got {what}: "
                 + ", ".join(f"{other[what]} on rank {r}" for r, other in enumerate(seen))
             )
-    if seen[0]["size"] != size:
-        raise RuntimeError(f"NVSHMEM was initialised over {seen[0]['size']} ranks, and this world has {size}")
-    if not seen[0]["ready"]:
+    if seen[0]["ranks"] != size:
+        raise RuntimeError(f"NVSHMEM was initialised over {seen[0]['ranks']} ranks, and this world has {size}")
+    if seen[0]["state"] in _MAY_BEGIN:
         made = rendezvous.exchange("nvshmem id", lambda: world().unique_id().hex() if rank == 0 else "", timeout_s)
         unique_id = bytes.fromhex(made[0])
 
         def start() -> None:
+            torch.cuda.set_device(device)  # of this thread
             with _heap_of(heap_bytes):
                 world().initialize(unique_id, rank, size, device, _C.nvshmem_modules())
 

@@ -48,6 +48,12 @@ class World:
         return self.is_ready and not self.abandoned
 
     @property
+    def state(self) -> str:
+        if self.abandoned:
+            return f"left as it is, since {self.abandoned}"
+        return "initialised" if self.is_ready else self.plan.state
+
+    @property
     def pe(self) -> int:
         return self.rank
 
@@ -129,14 +135,14 @@ class Team:
 
 def install(
     gpus: int = 8, free: int = 2**34, version: str = "3.7.2", unmapped: tuple[int, ...] = (), exhausted: int = 0,
-    dies_in: str = "",
+    dies_in: str = "", state: str = "not initialised",
 ) -> None:  # fmt: skip
     """The rank has so many GPUs, each with that much free memory.
 
     ``unmapped``: ranks whose memory it cannot map. ``exhausted``: the allocation that gets nothing here. ``dies_in``:
-    the collective call in which this process ends.
+    the collective call in which this process ends. ``state``: of the library, before.
     """
-    World.plan.__dict__.update(ranks=dist.get_world_size(), unmapped=unmapped, exhausted=exhausted, dies_in=dies_in)
+    World.plan.__dict__.update(ranks=dist.get_world_size(), unmapped=unmapped, exhausted=exhausted, dies_in=dies_in, state=state)
     nvshmem._GRACE_S = 1.0
     _C.NvshmemWorld, _C.CudaTeam, _C.nvshmem_modules = World, Team, lambda: []
     nvshmem.library = lambda: {"path": "libnvshmem_host.so.3", "found": "a fake", "version": version}

@@ -24,6 +24,19 @@ bool NvshmemWorld::ready() const {
   return stage_ == Stage::kReady && !abandoned_ && calls_.status() == NvshmemStatus::kInitialized;
 }
 
+std::string NvshmemWorld::state() const {
+  const Stage stage = stage_;
+  if (stage == Stage::kFinalized) return "finalised";
+  if (stage == Stage::kBroken || abandoned_) {
+    const std::lock_guard lock(told_);
+    return "left as it is, since " + why_;
+  }
+  const NvshmemStatus status = calls_.status();
+  if (stage == Stage::kReady) return status == NvshmemStatus::kInitialized ? "initialised" : "finalised by somebody else";
+  if (status == NvshmemStatus::kNone) return "not initialised";
+  return status == NvshmemStatus::kInitialized ? "initialised by somebody else" : "half initialised by somebody else";
+}
+
 int NvshmemWorld::pe() const {
   check_ready();
   return calls_.my_pe();

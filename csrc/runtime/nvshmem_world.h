@@ -55,6 +55,9 @@ class NvshmemWorld : public std::enable_shared_from_this<NvshmemWorld> {
   // Initialised by us or, before us, by somebody else, and by neither finalised.
   bool ready() const;
   bool foreign() const { return foreign_; }
+  // For messages, and to compare between ranks before all of them call: "initialised" if ready(), "not initialised" or
+  // "initialised by somebody else" where initialize() may be called, else why nothing may.
+  std::string state() const;
   // Of an initialised library.
   int pe() const;
   int size() const;

@@ -68,11 +68,12 @@ void check_raises(const std::string& part, Call call) {
 void test_a_life() {
   Job job(3);
   const NvshmemId id = job.worlds[0]->unique_id();
-  check(id == job.id && !job.worlds[0]->ready(), "an id initialises nothing");
+  check(id == job.id && job.worlds[0]->state() == "not initialised", "an id initialises nothing");
   int module = 0;
   job.initialize({&module});
   for (int pe = 0; pe < 3; ++pe) {
     check(job.worlds[pe]->ready() && !job.worlds[pe]->foreign(), "initialised by us");
+    check(job.worlds[pe]->state() == "initialised", "and says so");
     check(job.worlds[pe]->pe() == pe && job.worlds[pe]->size() == 3, "PEs are the ranks");
     check(job.pes[pe]->modules == std::vector<void*>{&module}, "the GPU code was told");
   }
@@ -92,7 +93,7 @@ void test_a_life() {
   job.on_all([&](int pe) { check(!job.worlds[pe]->finalize(), "once"); });
   arenas.clear();  // after the library: nothing is called
   for (int pe = 0; pe < 3; ++pe) {
-    check(!job.worlds[pe]->ready() && job.pes[pe]->modules.empty(), "finalised");
+    check(job.worlds[pe]->state() == "finalised" && job.pes[pe]->modules.empty(), "finalised");
     check_raises("was finalised in this process", [&] { job.worlds[pe]->allocate(kBytes); });
     check_raises("was finalised in this process", [&] { job.worlds[pe]->initialize(job.id, pe, 3, 0, {}); });
   }
@@ -195,6 +196,7 @@ void test_what_somebody_else_initialised_goes_on() {
   Job job(2);
   int module = 0;
   for (auto& pe : job.pes) pe->status = NvshmemStatus::kInitialized;
+  check(job.worlds[0]->state() == "initialised by somebody else", "seen before");
   job.initialize({&module});
   check(job.worlds[0]->ready() && job.worlds[0]->foreign() && job.worlds[1]->pe() == 1, "taken as it is");
   check(job.fake.meetings() == 0, "and nobody waits");
@@ -218,7 +220,7 @@ void test_somebody_else_finalises_before_us() {
   auto arena = job.allocate();
   job.pes[0]->status = NvshmemStatus::kNone;
   const int calls = job.calls();
-  check(!job.worlds[0]->ready(), "no longer");
+  check(job.worlds[0]->state() == "finalised by somebody else", "no longer");
   check_raises("finalised in this process by somebody else", [&] { job.worlds[0]->allocate(kBytes); });
   arena.clear();
   check_raises("finalised in this process by somebody else", [&] { job.worlds[0]->free(1); });
@@ -257,7 +259,7 @@ void test_nothing_collective_after_a_peer_has_gone() {
   check_raises("since rank 1 has ended", [&] { job.worlds[0]->free(1); });
   check_raises("since rank 1 has ended", [&] { job.worlds[0]->initialize(job.id, 0, 2, 0, {}); });
   check_raises("since rank 1 has ended", [&] { job.worlds[0]->unique_id(); });
-  check(!job.worlds[0]->finalize() && !job.worlds[0]->ready(), "not even at the end");
+  check(!job.worlds[0]->finalize() && job.worlds[0]->state() == "left as it is, since rank 1 has ended", "also at the end");
   check(job.calls() == calls && job.pes[0]->freed.empty(), "nothing is called, nothing is freed");
 }
 
