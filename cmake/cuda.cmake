@@ -51,7 +51,6 @@ if(with_cuda)
     target_sources(_C PRIVATE $<TARGET_OBJECTS:${name}>)
   endfunction()
 
-  include(cmake/nvshmem.cmake)
   file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/runtime/*.cu)
   list(FILTER cuda_sources EXCLUDE REGEX "_nvshmem\\.cu$")
   # What is Hopper's alone no other architecture can compile.
@@ -61,6 +60,7 @@ if(with_cuda)
   flashmoe_add_cuda(flashmoe_cuda_sm90 ${hopper_sources})
   set_target_properties(flashmoe_cuda_sm90 PROPERTIES CUDA_ARCHITECTURES 90a-real)
   include(cmake/nvshmem_device.cmake)
+  include(cmake/nvshmem.cmake)
   target_link_libraries(_C PRIVATE CUDA::cudart_static)
   list(JOIN FLASHMOE_CUDA_ARCHITECTURES " " architectures)
   target_compile_definitions(_C PRIVATE
