@@ -109,33 +109,6 @@ void nobody_asks() {
   check_caught_on_seeds<NeverSettled>(program_of(2, {400}, 9, Skew::kOneExpert), {.ring_blocks = 2}, 3, "a ring that nobody settles");
 }
 
-// The call ends although puts of it are under way: the next call's word can be overtaken by this one's. Header words are
-// looked at late, so that there is time for it.
-struct LooksLate : NvshmemPlatform {
-  using NvshmemPlatform::NvshmemPlatform;
-  uint64_t test_signal(size_t offset) const {
-    const bool header = offset >= HeapLayout::kAlign && offset < 2 * HeapLayout::kAlign;
-    for (int i = 0; header && i < 50; ++i) gpu::sleep_ns(20);
-    return NvshmemPlatform::test_signal(offset);
-  }
-};
-struct QuietThatLies : LooksLate {
-  using LooksLate::LooksLate;
-  bool quiet() { return true; }
-};
-
-void quiet_that_lies() {
-  // Ranks without experts get packets without rows, and no reply keeps their senders.
-  Program program = program_of(3, {2, 1, 3, 1, 2, 1, 1, 2, 1, 3}, 21);
-  for (CallOfAll& call : program) call.map = ExpertMap(6, 1);
-  const SimtOptions options{.ep_size = 3, .mapped_together = 1};
-  for (int seed = 0; seed < 10; ++seed) {
-    const std::string trouble = trouble_of(run_simt<LooksLate>(program, options, seed, true), program);
-    check(trouble.empty(), "looking late, seed " + std::to_string(seed) + ": " + trouble);
-  }
-  check_caught_on_seeds<QuietThatLies>(program, {}, 150, "a call that ends before its transfers have landed", true);
-}
-
 // Rank 2 loses what it sends of one kind to rank 0.
 struct Lost {
   static inline Traffic kind;
@@ -200,7 +173,6 @@ int main() {
   run_test("SignalReadWithoutTheTransport", signal_read_without_the_transport);
   run_test("StageReusedBeforeLanding", stage_reused_before_landing);
   run_test("NobodyAsks", nobody_asks);
-  run_test("QuietThatLies", quiet_that_lies);
   run_test("LostSignal", lost_signal);
   run_test("BadId", bad_id);
   run_test("PutFromElsewhere", put_from_elsewhere);
