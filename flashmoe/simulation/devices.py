@@ -39,14 +39,15 @@ class Port:
 
 
 class Memory:
-    """Weights behind a cache that forgets what was used longest ago."""
+    """Weights behind a cache that forgets what was used longest ago. What several tiles read at a time is read once."""
 
-    __slots__ = ("bytes_read", "cached", "capacity", "free", "per_byte", "room", "worker_per_byte")
+    __slots__ = ("bytes_read", "cached", "in_use", "free", "per_byte", "room", "worker_per_byte")
 
     def __init__(self, machine: Machine) -> None:
         self.per_byte, self.worker_per_byte = PICO / machine.memory_read, PICO / machine.worker_read
-        self.capacity = self.room = int(machine.cache_bytes)
+        self.room = int(machine.cache_bytes)
         self.cached: dict[Any, int] = {}
+        self.in_use: dict[Any, int] = {}
         self.free = self.bytes_read = 0
 
     def read(self, now: int, num_bytes: int) -> int:
@@ -57,19 +58,26 @@ class Memory:
         alone = now + int(num_bytes * self.worker_per_byte)
         return self.free if self.free > alone else alone
 
-    def read_cached(self, now: int, key: Any, num_bytes: int) -> int:
-        """The same of something that may still be in the cache."""
-        cached = self.cached
-        if cached.pop(key, 0):
-            cached[key] = num_bytes
+    def begin_use(self, now: int, key: Any, num_bytes: int) -> int:
+        """When a tile that begins to read these weights has them all; ``end_use`` follows."""
+        users = self.in_use.get(key, 0)
+        self.in_use[key] = users + 1
+        if users:
             return now
-        if num_bytes <= self.capacity:
-            cached[key] = num_bytes
-            self.room -= num_bytes
-            while self.room < 0:
-                oldest = next(iter(cached))
-                self.room += cached.pop(oldest)
+        if key in self.cached:
+            self.room += self.cached.pop(key)
+            return now
         return self.read(now, num_bytes)
+
+    def end_use(self, key: Any, num_bytes: int) -> None:
+        self.in_use[key] -= 1
+        if self.in_use[key]:
+            return
+        del self.in_use[key]
+        self.cached[key] = num_bytes
+        self.room -= num_bytes
+        while self.room < 0:
+            self.room += self.cached.pop(next(iter(self.cached)))
 
 
 class Node:

@@ -37,6 +37,7 @@ class Machine:
         near, far: between ranks of one node, and of two.
         has_agents: a part of each worker decides while the rest computes, and one of them watches the signals. On the
             host a worker does either.
+        senders: workers of a rank that send at one time; None: all that are free, as it is built.
         ring_blocks: row blocks between their up and down tiles at one time.
         tile_s: of a tile beside its products.
         plan_s, plan_pair_s, plan_peer_s: of the plan, with the headers: once, for each pair, for each peer.
@@ -60,6 +61,7 @@ class Machine:
     ranks_per_node: int
     has_agents: bool
     cores: int | None = None
+    senders: int | None = None
     memory_bytes: float | None = None
     cache_read: float | None = None
     worker_cache_read: float | None = None

@@ -62,6 +62,7 @@ class Rank:
             self.rows_missing[task] += 1
         self.rows_here_at = [0] * self.combine_tasks
         self.held: dict[int, int] = {}  # worker → combine task
+        self.holder: dict[int, int] = {}  # and the other way round
 
     # ---- Dispatcher.
     def next_chunk(self) -> tuple[int, int] | None:
@@ -164,8 +165,13 @@ class Rank:
         task = self.held.get(worker)
         if task is None and self.plan_ready and self.combine_head < self.combine_tasks:
             task = self.held[worker] = self.combine_head
+            self.holder[task] = worker
             self.combine_head += 1
         return task
+
+    def finish_combine(self, worker: int) -> None:
+        del self.holder[self.held.pop(worker)]
+        self.combine_done += 1
 
     def done(self) -> bool:
         return (

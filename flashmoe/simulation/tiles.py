@@ -9,7 +9,6 @@ from .machine import Machine
 BLOCK_ROWS = 128  # of a row block: kBlockM of csrc/protocol/config.h
 ITEM_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2}
 
-_STEP_BYTES = 128  # of K, that a Hopper tile takes at a time
 _NARROW_ROWS = 32  # of an expert, up to which tiles are narrow: kNarrowRows of csrc/runtime/cuda_choice.h
 _PICO = 1e12
 
@@ -53,14 +52,14 @@ class Engine:
     def down_tiles(self, shape: LayerShape) -> int:
         return ceil(shape.hidden_size / self.down_cols(shape))
 
-    def cost(self, machine: Machine, weight_rows: int, depth: int, item_bytes: int, rows: int) -> TileCost:
+    def cost(self, machine: Machine, weight_rows: float, depth: int, item_bytes: int, rows: int) -> TileCost:
         """Of a tile of ``weight_rows`` rows of the weights, ``depth`` long each, for ``rows`` rows of a block."""
         computed = ceil(rows / self.math_rows) * self.math_rows
         math = 2 * computed * weight_rows * depth / (self.math_share * machine.math_flops)
         weights = weight_rows * depth * item_bytes
         passes = ceil(rows / self.pass_rows)
         cache = passes * weights + rows * depth * item_bytes
-        return TileCost(round(_PICO * math), cache, weights)
+        return TileCost(round(_PICO * math), round(cache), round(weights))
 
     def _cols(self, most: int, width: int) -> int:
         # On the host a matrix narrower than a tile is one tile, rounded up to 16 columns; a GPU's tiles never shrink.
@@ -81,3 +80,14 @@ def choose_engine(machine: Machine, dtype: str, pairs: int, num_experts: int) ->
     if dtype == "tf32":
         return SM80_TF32
     return SM90_NARROW if pairs <= _NARROW_ROWS * num_experts else SM90_WIDE
+
+
+def costs_by_rows(
+    engine: Engine, machine: Machine, shape: LayerShape, item_bytes: int
+) -> tuple[list[TileCost], list[TileCost]]:
+    """Of an up tile and of a down tile, by the rows of their block."""
+    up, down = shape.up_rows / engine.up_tiles(shape), shape.hidden_size / engine.down_tiles(shape)
+    return tuple(
+        [engine.cost(machine, weight_rows, depth, item_bytes, rows) for rows in range(BLOCK_ROWS + 1)]
+        for weight_rows, depth in ((up, shape.hidden_size), (down, shape.intermediate_size))
+    )
