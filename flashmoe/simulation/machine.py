@@ -40,6 +40,7 @@ class Machine:
         senders: workers of a rank that send at one time; None: all that are free, as it is built.
         ring_blocks: row blocks between their up and down tiles at one time.
         tile_s: of a tile beside its products.
+        widen_s: of a worker that turns one 16-bit weight into fp32.
         plan_s, plan_pair_s, plan_peer_s: of the plan, with the headers: once, for each pair, for each peer.
         header_s: of the subscriber for one packet's header.
         notice_s: until an idle worker takes what has become possible.
@@ -66,6 +67,7 @@ class Machine:
     cache_read: float | None = None
     worker_cache_read: float | None = None
     tile_s: float = 0.0
+    widen_s: float = 0.0
     plan_s: float = 0.0
     plan_pair_s: float = 0.0
     plan_peer_s: float = 0.0
@@ -118,34 +120,50 @@ H200 = replace(
 GPUS = {machine.name: machine for machine in (H100, H200)}
 
 
-def host(
-    ranks: int, threads: int, cores: int, gemm_flops: float, read: float, *, math_share: float = 1.0, tile_s: float = 0.0
-) -> Machine:
+@dataclass(frozen=True)
+class HostFit:
+    """What no rate of a host tells: fitted to a few runs.
+
+    Attributes:
+        math_share: what the products of a tile reach of a BLAS on one core.
+        call_s: of a call, before and after its work.
+        widen_s: of turning one 16-bit weight into fp32.
+    """
+
+    math_share: float
+    call_s: float
+    widen_s: float
+
+
+def host(ranks: int, threads: int, cores: int, gemm_flops: float, read: float, fit: HostFit) -> Machine:
     """Ranks as processes of one host.
 
     Args:
+        threads: of a rank.
+        cores: that all ranks share.
         gemm_flops, read: what a BLAS and reading memory reach with all the cores.
-        math_share: what a tile's products reach of a core's part of ``gemm_flops``.
     """
     memcpy = Wire(float("inf"), 1e-6)  # a worker copies rows itself, at its own rate
+    copied = read / 4  # read, and written to memory that must be read first
     return Machine(
         name="host",
-        source="measured in the same run",
+        source="a BLAS and reading memory in the same run; what else there is, fitted",
         workers=threads,
-        math_flops=math_share * gemm_flops / cores,
+        math_flops=fit.math_share * gemm_flops / cores,
         memory_read=read,
         worker_read=read,
         cache_bytes=16e6,
-        copy=read / 4,  # read, and written to memory that must be read first
-        add=read / 4,
+        copy=copied,
+        add=copied,
         near=memcpy,
         far=memcpy,
         ring_blocks=16,
         ranks_per_node=ranks,
         has_agents=False,
         cores=cores,
-        tile_s=tile_s,
-        plan_s=20e-6,
+        tile_s=5e-6,
+        widen_s=fit.widen_s,
+        plan_s=fit.call_s,
         plan_pair_s=20e-9,
         plan_peer_s=2e-6,
     )

@@ -1,7 +1,5 @@
 """Runs of ``flashmoe run`` as the simulation sees them: their own routing, on a host as fast as it was during the run."""
 
-from dataclasses import dataclass
-
 import torch
 
 from ..activations import random_activations, text_activations
@@ -9,20 +7,9 @@ from ..models import SHAPES, LayerShape
 from ..records import Record
 from ..routing import make_router
 from ..run_rank import DTYPES
-from .machine import Machine, host
+from .machine import HostFit, Machine, host
 from .workload import Workload
 from .world import World
-
-
-@dataclass(frozen=True)
-class HostFit:
-    """What the products of a host's tiles reach of a BLAS on one core, and what a tile costs beside them.
-
-    ``math_share`` is by dtype: 16-bit weights are widened on the way.
-    """
-
-    math_share: dict[str, float]
-    tile_s: float
 
 
 def shape_of(record: Record) -> LayerShape:
@@ -58,10 +45,8 @@ def workload_of(record: Record) -> Workload:
 def host_of(record: Record, fit: HostFit) -> Machine:
     """The host of a run, as fast as pure products and reading were in its rounds."""
     run, rates = record.data["run"], record.data["rates"]
-    return host(
-        run["ranks"], run["threads"], rates["threads"], 1e9 * rates["gemm_gflops"], 1e9 * rates["read_gb_s"],
-        math_share=fit.math_share[run["dtype"]], tile_s=fit.tile_s,
-    )  # fmt: skip
+    gemm, read = 1e9 * rates["gemm_gflops"], 1e9 * rates["read_gb_s"]
+    return host(run["ranks"], run["threads"], rates["threads"], gemm, read, fit)
 
 
 def simulated_seconds(record: Record, workload: Workload, fit: HostFit) -> float:

@@ -10,6 +10,7 @@ BLOCK_ROWS = 128  # of a row block: kBlockM of csrc/protocol/config.h
 ITEM_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2}
 
 _NARROW_ROWS = 32  # of an expert, up to which tiles are narrow: kNarrowRows of csrc/runtime/cuda_choice.h
+_WIDEN_ROWS = 12  # kRegisterWidenRows of csrc/engine/cpu_product.h
 _PICO = 1e12
 
 
@@ -56,6 +57,10 @@ class Engine:
         """Of a tile of ``weight_rows`` rows of the weights, ``depth`` long each, for ``rows`` rows of a block."""
         computed = ceil(rows / self.math_rows) * self.math_rows
         math = 2 * computed * weight_rows * depth / (self.math_share * machine.math_flops)
+        if machine.widen_s and item_bytes < 4:
+            # Few rows widen the weights in registers, once for three of them; more do it once for each pass.
+            times = ceil(rows / 3) if rows <= _WIDEN_ROWS else ceil(rows / self.pass_rows)
+            math += machine.widen_s * times * weight_rows * depth
         weights = weight_rows * depth * item_bytes
         passes = ceil(rows / self.pass_rows)
         cache = passes * weights + rows * depth * item_bytes

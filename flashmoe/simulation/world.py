@@ -1,10 +1,6 @@
 """One call on all ranks: workers perform what their roles decide, and everything takes its time. Picoseconds."""
 
-from collections.abc import Callable
-from typing import Any
-
 from ..models import LayerShape
-from .clock import Clock
 from .devices import PICO, Memory, Node, Port, picoseconds
 from .machine import Machine
 from .network import SIGNAL_BYTES, Network
@@ -14,28 +10,28 @@ from .player import Player
 from .rank import COMBINE_TOKENS, Rank
 from .row_blocks import row_blocks
 from .tiles import ITEM_BYTES, choose_engine, costs_by_rows
+from .workers import Workers
 from .workload import Workload
 
 
-class World:
+class World(Workers):
     """Followed ranks of a world, ready for one call."""
 
     def __init__(self, workload: Workload, shape: LayerShape, machine: Machine, dtype: str) -> None:
-        self.workload, self.shape, self.machine = workload, shape, machine
+        super().__init__(machine)
+        self.workload, self.shape = workload, shape
         item_bytes = ITEM_BYTES[dtype]
         self.row_bytes = shape.hidden_size * item_bytes
         tokens = sum(len(ids) for ids in workload.ids)
         pairs = tokens * workload.top_k * workload.num_ranks // workload.period
         self.engine = choose_engine(machine, dtype, pairs, workload.num_experts)
         self.costs = costs_by_rows(self.engine, machine, shape, item_bytes)
-        self.notice = picoseconds(machine.notice_s)
         # A look at the chunks of all sources: the subscriber's lanes take 32 at a time.
         self.look_ps = self.notice * max(1, -(-workload.num_ranks // 32))
         self.header_ps, self.tile_ps = picoseconds(machine.header_s), picoseconds(machine.tile_s)
         self.copy_ps, self.add_ps = PICO / machine.copy, PICO / machine.add
         self.cache_ps = PICO / machine.cache_read if machine.cache_read else 0.0
         self.least_sharers = machine.cache_read / machine.worker_cache_read if machine.cache_read else 0.0
-        self.clock = Clock()
         self.players = self._players()
         self.network = Network(machine, workload.num_ranks, self.players, self.clock)
 
@@ -68,17 +64,7 @@ class World:
             raise RuntimeError(f"the simulated ranks {stuck} wait for ever")
         return outcome_of(self.players, self.machine.workers, self.engine.name, self.shape)
 
-    # ---- Workers.
-    def _ready(self, now: int, player: Player, worker: int) -> None:
-        """A worker wants to decide; on the host it needs a core for that."""
-        node = player.node
-        if node.free_cores is not None:
-            if node.free_cores == 0:
-                node.waiting.append((player, worker))
-                return
-            node.free_cores -= 1
-        self._decide(now, player, worker)
-
+    # ---- Worker.
     def _decide(self, now: int, player: Player, worker: int) -> None:
         if not self.machine.has_agents:
             self._follow(now, player)
@@ -91,34 +77,7 @@ class World:
         if task is not None and rank.rows_missing[task] == 0 and rank.rows_here_at[task] <= now:
             self._combine(now, player, worker, task)
             return
-        player.idle[worker] = None
-        self._pass_core(now, player.node)
-
-    def _next(self, now: int, player: Player, worker: int) -> None:
-        """A worker has finished something."""
-        player.end = now
-        if player.node.waiting:  # others want the core, too
-            player.node.waiting.append((player, worker))
-            self._pass_core(now, player.node)
-        else:
-            self._decide(now, player, worker)
-
-    def _pass_core(self, now: int, node: Node) -> None:
-        if node.free_cores is None:
-            return
-        if node.waiting:
-            self._decide(now, *node.waiting.popleft())
-        else:
-            node.free_cores += 1
-
-    def _wake(self, now: int, player: Player, most: int) -> None:
-        for _ in range(min(most, len(player.idle))):
-            worker, _ = player.idle.popitem()
-            self.clock.at(now + self.notice, self._ready, player, worker)
-
-    def _work(self, now: int, end: int, kind: str, done: Callable[..., None], player: Player, *what: Any) -> None:
-        player.busy[kind] += end - now
-        self.clock.at(end, done, player, *what)
+        self._be_idle(now, player, worker)
 
     # ---- Dispatcher.
     def _dispatch(self, now: int, player: Player, worker: int) -> bool:
