@@ -1,4 +1,4 @@
-"""The command line: ``flashmoe run``, ``flashmoe report`` and ``flashmoe info``."""
+"""The command line: ``flashmoe run``, ``flashmoe bench``, ``flashmoe report`` and ``flashmoe info``."""
 
 import argparse
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from . import baselines
 from ._version import __version__
+from .bench_cli import add_bench
 from .cores import usable_cores
 from .info import information, information_text
 from .models import SHAPES
@@ -70,6 +71,8 @@ def _parser() -> argparse.ArgumentParser:
            metavar="LIST")
     option("--json", "write everything there too", metavar="FILE")
     run.set_defaults(command=_run, parser=run)
+
+    add_bench(commands)
 
     report = commands.add_parser(
         "report", help="figures and a page from records of `flashmoe run --json`",

@@ -1,6 +1,6 @@
 """One question to the simulation: this layer on so many GPUs, with this routing; and its answer."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..models import LayerShape
@@ -10,7 +10,7 @@ from .outcome import Outcome
 from .workload import Skew, Workload, draw, with_capacity
 from .world import World
 
-_FOLLOW_ALL = 32  # ranks; of a larger world with even routing the ranks of one node are followed
+_FOLLOW_ALL = 8  # ranks; of a larger world with even routing the ranks of one node are followed
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,12 @@ def simulate(scenario: Scenario) -> dict[str, Any]:
     exposed = max(0.0, outcome.seconds - alone.seconds)
     wires = outcome.wire_seconds
     return {
+        "model": scenario.shape.name,
+        "experts": scenario.shape.num_experts,
+        "machine": scenario.machine.name,
+        "senders": scenario.machine.senders,
+        "dtype": scenario.dtype,
+        "capacity_factor": scenario.capacity_factor,
         "gpus": scenario.num_gpus,
         "ep_size": scenario.ep_size,
         "followed": scenario.followed,
@@ -106,7 +112,6 @@ def simulate(scenario: Scenario) -> dict[str, Any]:
         "flops_per_gpu": outcome.flops_of_a_rank,
         "tokens_per_s": scenario.tokens * scenario.num_gpus / outcome.seconds,
         "busiest_rank": outcome.busiest_rank,
-        "rank_seconds": [rank.seconds for rank in outcome.ranks],
         "busy_seconds": {kind: busy / outcome.workers for kind, busy in _mean(outcome).items()},
         "memory_bytes": asdict(need) | {"total": need.total},
     }
@@ -115,8 +120,3 @@ def simulate(scenario: Scenario) -> dict[str, Any]:
 def _mean(outcome: Outcome) -> dict[str, float]:
     ranks = outcome.ranks
     return {kind: sum(rank.busy[kind] for rank in ranks) / len(ranks) for kind in ranks[0].busy}
-
-
-def with_experts(shape: LayerShape, num_experts: int) -> LayerShape:
-    """The same layer with another number of experts."""
-    return replace(shape, num_experts=num_experts)
