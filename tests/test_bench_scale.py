@@ -29,7 +29,10 @@ def test_prints_a_line_for_each_count_and_writes_the_same(capsys, tmp_path):
 
 def test_a_second_group_of_ranks_doubles_the_tokens_and_takes_as_long(capsys, tmp_path):
     file = tmp_path / "scale.json"
-    assert main(["bench", "scale", "--model", "mixtral-8x7b", "--gpus", "8,16", "--tokens", "64", "--json", str(file)]) == 0
+    assert (
+        main(["bench", "scale", "--model", "mixtral-8x7b", "--gpus", "8,16", "--tokens", "64", "--json", str(file)])
+        == 0
+    )
     one, two = json.loads(file.read_text())["gpus"]
     assert (one["ep_size"], two["ep_size"], one["seconds"]) == (8, 8, two["seconds"])
     assert two["tokens_per_s"] == pytest.approx(2 * one["tokens_per_s"])
@@ -75,7 +78,15 @@ def committed():
 
 def test_committed_record_tells_how_it_was_made(committed):
     assert committed["schema"] == SCHEMA and committed["versions"]["commit"] and committed["machine"]["processor"]
-    assert committed["command"] == ["flashmoe", "bench", "scale", "--study", "all", "--json", "bench/results/scale.json"]
+    assert committed["command"] == [
+        "flashmoe",
+        "bench",
+        "scale",
+        "--study",
+        "all",
+        "--json",
+        "bench/results/scale.json",
+    ]
     assert set(committed["machines"]) == {"h100", "h200"}
     for name in ("validation", "paper", "gpus", "uneven", "fewer_senders", "following_fewer"):
         assert tables.TABLES[name](committed[name])

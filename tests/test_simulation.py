@@ -25,7 +25,9 @@ SMALL = SHAPES["qwen3-30b-a3b"].scaled(4)
 FIT = HostFit(math_share=0.9, call_s=3e-4, widen_s=4e-11)
 
 
-def workload(ranks: int, tokens: int = 96, experts: int = 32, top_k: int = 4, skew: str = "uniform", seed: int = 0, **uneven):
+def workload(
+    ranks: int, tokens: int = 96, experts: int = 32, top_k: int = 4, skew: str = "uniform", seed: int = 0, **uneven
+):
     ids = tuple(draw(tokens, experts, top_k, Skew.parse(skew), rank=rank, seed=seed) for rank in range(ranks))
     return Workload(ids, ranks, experts, **uneven)
 
@@ -86,7 +88,9 @@ def test_row_blocks_are_the_canonical_lists_cut():
                 for run in range(blocks.run_begin[first], blocks.run_begin[last]) for i in range(blocks.run_rows[run])
             ]  # fmt: skip
             assert rows == expected
-            assert blocks.rows[first:last] == [min(BLOCK_ROWS, len(expected) - at) for at in range(0, len(expected), BLOCK_ROWS)]
+            assert blocks.rows[first:last] == [
+                min(BLOCK_ROWS, len(expected) - at) for at in range(0, len(expected), BLOCK_ROWS)
+            ]
 
 
 def test_a_token_travels_once_to_each_rank():
@@ -270,7 +274,9 @@ def test_engines_cut_tiles_as_the_library_does():
 def test_capacity_keeps_the_first_tokens_of_each_expert():
     ids = np.array([[0, 1], [0, 2], [0, 1], [0, 3]], dtype=np.int32)
     assert with_capacity(ids, 4, 1.0).tolist() == [[0, 1], [0, 2], [-1, 1], [-1, 3]]
-    dropped = World(Workload((with_capacity(ids, 4, 1.0),), 1, 4), replace(SMALL, num_experts=4, top_k=2), H100, "bf16").run()
+    dropped = World(
+        Workload((with_capacity(ids, 4, 1.0),), 1, 4), replace(SMALL, num_experts=4, top_k=2), H100, "bf16"
+    ).run()
     assert dropped.ranks[0].rows == 6
 
 

@@ -20,8 +20,8 @@ from .workload import Skew
 
 HELP = "predict the layer on 8 to 1,024 GPUs by a simulation of its own order of work"
 DESCRIPTION = (
-    "Simulates one call of a layer on many GPUs: the kernel's own order of work, with tile times and links of a machine "
-    "that is described by its data sheet. No GPU has run this: the numbers are predictions. The same simulation of a "
+    "Simulates one call of a layer on many GPUs: the kernel's own order of work, with tile times and links of a "
+    "machine that is described by its data sheet. No GPU has run this: the numbers are predictions. The same simulation of a "
     "host is held against measured runs by --study validation."
 )
 SCHEMA = "scale-1"
@@ -32,10 +32,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
 
     def option(name: str, help: str, default: object = None, **how: Any) -> None:
-        parser.add_argument(name, help=help if default is None else f"{help} (default: %(default)s)", default=default, **how)
+        parser.add_argument(
+            name, help=help if default is None else f"{help} (default: %(default)s)", default=default, **how
+        )
 
-    option("--study", "gpus: --model over --gpus; paper: the FlashMoE paper's experiments; validation: measured runs of "
-           "this host; all: these and every model, as in the committed record", "gpus", choices=_STUDIES, metavar="S")  # fmt: skip
+    option("--study", "gpus: --model over --gpus; paper: the FlashMoE paper's experiments; validation: measured runs "
+           "of this host; all: these and every model, as in the committed record", "gpus", choices=_STUDIES,
+           metavar="S")  # fmt: skip
     option("--model", f"shape of the layer: {', '.join(SHAPES)}", "qwen3-30b-a3b", choices=list(SHAPES), metavar="NAME")
     option("--experts", "another number of experts than the model's", type=_positive, metavar="E")
     option("--gpus", "how many, as a list", "8,16,32,64,128,256,512,1024", type=_counts, metavar="LIST")

@@ -31,7 +31,7 @@ class Port:
         return self.free_out
 
     def arrive(self, left: int, num_bytes: int) -> int:
-        """When bytes that have left another port have come in, and are seen; they share this one with what others send."""
+        """When bytes that have left another port have come in, and are seen; they share this one with all others."""
         taken = int(num_bytes * self.per_byte)
         begin = left - taken
         self.free_in = (begin if begin > self.free_in else self.free_in) + taken

@@ -26,7 +26,9 @@ def growth(record: dict[str, Any], pyplot: Any) -> Any:
     counts = sorted({one["tokens"] for one in answers}, reverse=True)
     if not answers:
         return None
-    figure, grid = pyplot.subplots(2, len(counts), figsize=(3.4 * len(counts), 5.6), squeeze=False, layout="constrained")
+    figure, grid = pyplot.subplots(
+        2, len(counts), figsize=(3.4 * len(counts), 5.6), squeeze=False, layout="constrained"
+    )
     models = list(dict.fromkeys(one["model"] for one in answers))
     for column, tokens in enumerate(counts):
         for color, model in zip(_COLORS, models, strict=False):
@@ -53,12 +55,20 @@ def against_paper(record: dict[str, Any], pyplot: Any) -> Any:
     points = record.get("paper", [])
     if not points:
         return None
-    names = list(dict.fromkeys((point["experiment"], point["gpus"]) for point in points if "weak" not in point["experiment"]))
+    names = list(
+        dict.fromkeys((point["experiment"], point["gpus"]) for point in points if "weak" not in point["experiment"])
+    )
     panels = [[point for point in points if (point["experiment"], point["gpus"]) == name] for name in names]
     panels.append([point for point in points if "weak" in point["experiment"]])
     figure, grid = pyplot.subplots(1, len(panels), figsize=(2.7 * len(panels), 3), squeeze=False, layout="constrained")
     for axes, chosen in zip(grid[0], panels, strict=True):
-        what = "gpus" if "weak" in chosen[0]["experiment"] else "tokens" if "tokens" in chosen[0]["experiment"] else "experts"
+        what = (
+            "gpus"
+            if "weak" in chosen[0]["experiment"]
+            else "tokens"
+            if "tokens" in chosen[0]["experiment"]
+            else "experts"
+        )
         labels = [str(point[what]) for point in chosen]
         series = (
             ("FlashMoE, tf32, measured", [point["published_s"] for point in chosen]),
@@ -66,13 +76,21 @@ def against_paper(record: dict[str, Any], pyplot: Any) -> Any:
             ("here, bf16, dropless, predicted", [point["bf16_dropless"]["seconds"] for point in chosen]),
         )
         for place, (color, (label, seconds)) in enumerate(zip((_COLORS[5], *_COLORS), series, strict=False)):
-            axes.bar([i + 0.27 * place for i in range(len(labels))], [1e3 * s for s in seconds], 0.25, color=color, label=label)
+            axes.bar(
+                [i + 0.27 * place for i in range(len(labels))],
+                [1e3 * s for s in seconds],
+                0.25,
+                color=color,
+                label=label,
+            )
         axes.set_xticks([i + 0.27 for i in range(len(labels))], labels)
         axes.set_xlabel({"gpus": "GPUs", "tokens": "tokens a GPU", "experts": "experts"}[what])
         gpus = "" if what == "gpus" else f", {chosen[0]['gpus']} GPUs"
         axes.set_title(chosen[0]["experiment"].split(" (")[0] + gpus, fontsize=8)
     grid[0][0].set_ylabel("ms")
-    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3, fontsize=8)
+    figure.legend(
+        *grid[0][0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3, fontsize=8
+    )
     return figure
 
 
@@ -98,10 +116,17 @@ def trust(record: dict[str, Any], pyplot: Any) -> Any:
     return figure
 
 
+_TRUST = "The simulation of this host against measured runs. Only crosses were fitted to; the band is 15 %."
+_PAPER = (
+    "The FlashMoE paper's experiments on H100: its measurements, and predictions for this library by simulation. "
+    "No GPU has run it."
+)
+_GROWTH = (
+    "Layers on 8 to 1,024 H100, predicted by simulation. With more GPUs than experts there are groups of ranks with "
+    "tokens of their own. Points whose memory cannot be had are missing."
+)
 FIGURES: tuple[tuple[str, Callable[[Any, Any], Any], str], ...] = (
-    ("scale-validation", trust, "The simulation of this host against measured runs. Only crosses were fitted to; the band is 15 %."),
-    ("scale-paper", against_paper, "The FlashMoE paper's experiments on H100: its measurements, and predictions for this "
-     "library by simulation. No GPU has run it."),
-    ("scale-gpus", growth, "Layers on 8 to 1,024 H100, predicted by simulation: with more GPUs than experts, groups of ranks "
-     "with tokens of their own. Points whose memory cannot be had are missing."),
-)  # fmt: skip
+    ("scale-validation", trust, _TRUST),
+    ("scale-paper", against_paper, _PAPER),
+    ("scale-gpus", growth, _GROWTH),
+)

@@ -1,4 +1,4 @@
-"""Runs of ``flashmoe run`` as the simulation sees them: their own routing, on a host as fast as it was during the run."""
+"""Runs of ``flashmoe run`` as the simulation sees them: their own routing, on a host as fast as it was then."""
 
 import torch
 
@@ -22,7 +22,7 @@ def workload_of(record: Record) -> Workload:
     """The run's own routing, made again from its seed.
 
     Raises:
-        ValueError: it came out otherwise than in the record, as with another version of Python, whose library is the text.
+        ValueError: it came out otherwise than in the record, as with another Python, whose library is the text.
     """
     shape, run, load = shape_of(record), record.data["run"], record.data["routing"]
     torch.manual_seed(run["seed"])

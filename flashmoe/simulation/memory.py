@@ -73,7 +73,9 @@ def check_memory(need: MemoryNeed, machine: Machine) -> None:
     if machine.memory_bytes is None or need.total <= machine.memory_bytes:
         return
     parts = ", ".join(
-        f"{part} {getattr(need, part) / 1e9:.1f}" for part in ("heap", "staging", "weights", "rest") if getattr(need, part)
+        f"{part} {getattr(need, part) / 1e9:.1f}"
+        for part in ("heap", "staging", "weights", "rest")
+        if getattr(need, part)
     )
     raise DoesNotFit(f"needs {need.total / 1e9:.1f} GB of {machine.memory_bytes / 1e9:.0f} GB a GPU ({parts})")
 

@@ -1,4 +1,4 @@
-"""The experiments of the FlashMoE paper (arXiv 2506.04667, section 4) on 8 H100, beside what is predicted for them here.
+"""The experiments of the FlashMoE paper (arXiv 2506.04667, section 4) on 8 H100, and what is predicted here.
 
 There: fp32 as tf32, top-2, two matrices an expert, both widths 2048, tokens above a capacity factor of 1 dropped; its
 baselines in fp16. Here each point is simulated in the same way, and as one would run it: bf16, nothing dropped.
@@ -48,12 +48,12 @@ PUBLISHED: tuple[Published, ...] = (
     *_over_experts(8, (8.2, 8.1, 7.0, 6.9, 8.4), {}),
 )  # fmt: skip
 
-_KEPT = ("engine", "seconds", "seconds_with_free_wires", "exposed_seconds", "hidden_share", "utilisation", "flops_per_gpu",
-         "tokens_per_s")  # fmt: skip
+_KEPT = ("engine", "seconds", "seconds_with_free_wires", "exposed_seconds", "hidden_share", "utilisation",
+         "flops_per_gpu", "tokens_per_s")  # fmt: skip
 
 
 def reproduce(report: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
-    """Every published point with both predictions; of the weak scaling also T(2) / T(N), the paper's overlap efficiency."""
+    """Every published point with both predictions; of weak scaling also T(2) / T(N), the paper's overlap efficiency."""
     points = []
     for published in PUBLISHED:
         report(f"{published.experiment}: {published.gpus} GPUs, {published.tokens} tokens, {published.experts} experts")

@@ -1,4 +1,4 @@
-"""One rank's roles: what they decide, in the order in which csrc/protocol decides it. Times are the world's business."""
+"""One rank's roles: what they decide, in the order in which csrc/protocol decides it. Time is the world's business."""
 
 from itertools import pairwise
 
@@ -12,8 +12,8 @@ COMBINE_TOKENS = 16  # kCombineTokens of csrc/protocol/config.h
 class Rank:
     """The counters, queues and tables of one call.
 
-    A tile is (block, tile). Blocks are numbered as in ``blocks``; ``published`` counts them in the order of publication,
-    which is the order of ring slots.
+    A tile is (block, tile). Blocks are numbered as in ``blocks``; ``published`` counts them in the order of
+    publication, which is that of ring slots.
     """
 
     def __init__(self, workload: Workload, plans: list[Plan], blocks: RowBlocks, rank: int, tiles: tuple[int, int],

@@ -39,7 +39,7 @@ class RowBlocks:
 
 
 def followed_source(workload: Workload, rank: int, source_index: int) -> tuple[int, int]:
-    """The followed rank that does what the i-th source of ``rank`` does, and for whom it does what that does for ``rank``."""
+    """The followed rank that does what the i-th source of ``rank`` does; and for whom it does what that does for me."""
     followed = (rank + source_index) % workload.period
     return followed, (followed - source_index) % workload.num_ranks
 

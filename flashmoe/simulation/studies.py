@@ -1,4 +1,4 @@
-"""What is asked of the simulation for the committed record: every model on 8 to 1,024 GPUs, skew, stragglers, senders."""
+"""What is asked for the committed record: every model on 8 to 1,024 GPUs, skew, stragglers, senders."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -22,7 +22,9 @@ def answer(scenarios: Iterable[Scenario], report: Callable[[str], None] = lambda
         group = replace(scenario, num_gpus=scenario.ep_size)
         name = repr(group)
         if name not in known:
-            report(f"{scenario.shape.name}, {scenario.ep_size} ranks of {scenario.num_gpus} GPUs, {scenario.tokens} tokens")
+            report(
+                f"{scenario.shape.name}, {scenario.ep_size} ranks of {scenario.num_gpus} GPUs, {scenario.tokens} tokens"
+            )
             try:
                 known[name] = simulate(group)
             except DoesNotFit as why:
@@ -54,7 +56,9 @@ def uneven() -> list[Scenario]:
     for gpus in (8, 16):
         even = Scenario(SHAPES["qwen3-30b-a3b"], H100, gpus, 1024, follow=gpus)
         scenarios += [even, *(replace(even, skew=Skew.parse(text)) for text in ("zipf:0.4", "zipf:0.8", "hot:4"))]
-        scenarios += [replace(even, slow=slow) for slow in (1.2, 2.0)] + [replace(even, late_s=late) for late in (1e-4, 1e-3)]
+        scenarios += [replace(even, slow=slow) for slow in (1.2, 2.0)] + [
+            replace(even, late_s=late) for late in (1e-4, 1e-3)
+        ]
     return scenarios
 
 

@@ -11,8 +11,8 @@ def microseconds(seconds: float) -> str:
 
 
 def scaling(answers: list[dict[str, Any]]) -> str:
-    rows = [["layer", "GPUs", "ranks a group", "tokens", "uneven", "latency", "wires free", "exposed", "hidden", "tiles",
-             "TFLOP/s a GPU", "M tokens/s", "GB a GPU"]]  # fmt: skip
+    rows = [["layer", "GPUs", "ranks a group", "tokens", "uneven", "latency", "wires free", "exposed", "hidden",
+             "tiles", "TFLOP/s a GPU", "M tokens/s", "GB a GPU"]]  # fmt: skip
     rejected = []
     for one in answers:
         if "rejected" in one:

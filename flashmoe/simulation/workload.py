@@ -85,8 +85,8 @@ class Workload:
     """What all ranks call the layer with.
 
     With fewer drawn ranks than ranks, routing repeats: rank r + n·period sends its tokens n·period ranks further than
-    rank r does. Then the ranks r, r + period, ... do the same at the same time, and one of each need be followed. So this
-    is an exact simulation of a world with less chance in it, not a coarser one.
+    rank r does. Then the ranks r, r + period, ... do the same at the same time, and one of each need be followed. So
+    this is an exact simulation of a world with less chance in it, not a coarser one.
 
     Attributes:
         ids: of each followed rank, [tokens, top_k], -1 for dropped.
@@ -106,7 +106,9 @@ class Workload:
         if self.num_ranks % period:
             raise ValueError(f"{period} followed ranks do not divide a world of {self.num_ranks}")
         if period < self.num_ranks and self.num_experts % self.num_ranks:
-            raise ValueError(f"{self.num_experts} experts are not equally many on {self.num_ranks} ranks: follow all of them")
+            raise ValueError(
+                f"{self.num_experts} experts are not equally many on {self.num_ranks} ranks: follow all of them"
+            )
 
     @property
     def period(self) -> int:
