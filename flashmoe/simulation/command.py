@@ -21,8 +21,8 @@ from .workload import Skew
 HELP = "predict the layer on 8 to 1,024 GPUs by a simulation of its own order of work"
 DESCRIPTION = (
     "Simulates one call of a layer on many GPUs: the kernel's own order of work, with tile times and links of a "
-    "machine that is described by its data sheet. No GPU has run this: the numbers are predictions. The same simulation of a "
-    "host is held against measured runs by --study validation."
+    "machine that is described by its data sheet. No GPU has run this: the numbers are predictions. The same "
+    "simulation of a host is held against measured runs by --study validation."
 )
 SCHEMA = "scale-1"
 _STUDIES = ("gpus", "paper", "validation", "all")
