@@ -101,5 +101,4 @@ def test_committed_record_answers_every_question(committed):
         (s.shape.name, s.num_gpus, s.tokens) for s in asked
     ]
     assert {s.num_gpus for s in asked} == set(studies.GPU_COUNTS) and studies.GPU_COUNTS[-1] == 1024
-    assert any("rejected" in one for one in committed["gpus"])
     assert all(abs(one["error"]) < 0.02 for one in committed["following_fewer"] if one["follow"] > 1)
