@@ -92,7 +92,7 @@ class Workload:
         ids: of each followed rank, [tokens, top_k], -1 for dropped.
         num_ranks: of the world; a multiple of ``len(ids)``.
         late_s: how much later than the first each followed rank enters.
-        slow: factors of each followed rank's products.
+        slow: by which each followed rank computes longer, as with a lower clock.
     """
 
     ids: tuple[np.ndarray, ...]

@@ -190,7 +190,7 @@ class World(Workers):
         player.has_sent[worker] = False
         player.running[worker] = (weights, cost.weight_bytes)
         sharers = max(len(player.running), self.least_sharers)
-        taken = max(int(cost.math_ps * player.slow), int(cost.cache_bytes * self.cache_ps * sharers))
+        taken = int(max(cost.math_ps, cost.cache_bytes * self.cache_ps * sharers) * player.slow)
         read = player.memory.begin_use(now, weights, cost.weight_bytes)
         kind, done = ("down", self._down_written) if down else ("up", self._up_done)
         self._work(now, max(now + taken, read) + self.tile_ps, kind, done, player, worker, block)
