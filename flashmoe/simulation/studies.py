@@ -44,10 +44,18 @@ def all_models() -> list[Scenario]:
         for shape in SHAPES.values() for tokens in (_PREFILL, _DECODE) for gpus in GPU_COUNTS
     ]  # fmt: skip
     grown = [replace(SHAPES["flashmoe-paper"], name="4 experts a GPU", num_experts=4 * gpus) for gpus in GPU_COUNTS]
-    return scenarios + [
+    scenarios += [
         Scenario(shape, H100, gpus, tokens)
-        for tokens in (_PREFILL, 1024) for shape, gpus in zip(grown, GPU_COUNTS, strict=True)
-    ]  # fmt: skip
+        for tokens in (_PREFILL, 1024)
+        for shape, gpus in zip(grown, GPU_COUNTS, strict=True)
+    ]
+    # What cannot be had: all its layers on one node, inboxes for many tokens of many ranks.
+    deepseek = Scenario(SHAPES["deepseek-v3"], H100, 8, _PREFILL, layers=58)
+    return scenarios + [
+        deepseek,
+        replace(deepseek, num_gpus=256, layers=1, tokens=4 * _PREFILL),
+        Scenario(grown[-1], H100, GPU_COUNTS[-1], 2 * _PREFILL),
+    ]
 
 
 def uneven() -> list[Scenario]:
