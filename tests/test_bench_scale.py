@@ -49,6 +49,7 @@ def test_what_does_not_fit_is_named_and_not_simulated(capsys):
         (["--skew", "cold"], "argument --skew: must be uniform, zipf:S"),
         (["--gpus", "8,x"], "argument --gpus: must be an integer of at least 1"),
         (["--slow", "0"], "argument --slow: must be a number above 0"),
+        (["--late", "-5"], "argument --late: must be a number above 0"),
     ],
 )
 def test_arguments_that_mean_nothing_are_refused(arguments, told, capsys):

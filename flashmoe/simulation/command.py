@@ -48,7 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     option("--skew", "of the routing: uniform, zipf:S, or hot:X, one expert X times as likely as the mean", Skew(),
            type=_skew, metavar="KIND")  # fmt: skip
     option("--slow", "rank 0 computes so many times as long", 1.0, type=_factor, metavar="X")
-    option("--late", "rank 0 enters so many microseconds after the others", 0.0, type=float, metavar="US")
+    option("--late", "rank 0 enters so many microseconds after the others", 0.0, type=_delay, metavar="US")
     option("--senders", "what if at most so many workers of a rank sent at one time", type=_positive, metavar="N")
     option("--layers", "whose weights lie beside each other in a GPU's memory", 1, type=_positive, metavar="N")
     option("--follow", "ranks to follow; routing repeats after so many", type=_positive, metavar="N")
@@ -144,6 +144,10 @@ def _factor(text: str) -> float:
     if not 0 < factor < 1e6:
         raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
     return factor
+
+
+def _delay(text: str) -> float:
+    return 0.0 if text == "0" else _factor(text)
 
 
 def _skew(text: str) -> Skew:
