@@ -103,3 +103,4 @@ def test_committed_record_answers_every_question(committed):
     ]
     assert {s.num_gpus for s in asked} == set(studies.GPU_COUNTS) and studies.GPU_COUNTS[-1] == 1024
     assert all(abs(one["error"]) < 0.02 for one in committed["following_fewer"] if one["follow"] > 1)
+    assert sum("rejected" in one for one in committed["gpus"]) == 3
