@@ -3,6 +3,7 @@
 import argparse
 import os
 from pathlib import Path
+from types import ModuleType
 
 from . import baselines
 from .argument_types import baseline_names, count, positive, seconds
@@ -11,15 +12,22 @@ from .bench_micro import bench_micro
 from .cores import usable_cores
 from .models import SHAPES
 from .run_options import DTYPES, RunOptions
+from .simulation import command as scale
 from .skew import SKEWS
 
 _PAPER = "flashmoe-paper"
+# Benches in modules of their own, with HELP, DESCRIPTION, add_options() and run().
+COMMANDS: dict[str, ModuleType] = {"scale": scale}
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """What can be benched, one command each."""
     commands = parser.add_subparsers(required=True, metavar="WHAT")
     _add_layer(commands)
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(name, help=module.HELP, description=module.DESCRIPTION)
+        module.add_options(command)
+        command.set_defaults(command=module.run, parser=command)
     _add_micro(commands)
 
 

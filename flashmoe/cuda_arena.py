@@ -143,6 +143,8 @@ def _build(rendezvous: Rendezvous, settings: Settings, device: torch.device, pee
     unmapped = rendezvous.exchange(
         "unmapped", lambda: [rank for rank, pe in enumerate(pe_of) if not heaps.mapped[pe]], timeout_s
     )
+    if any(unmapped):
+        rendezvous.exchange("network", nvshmem.check_network, timeout_s)
     stages = nvshmem.allocate(rendezvous, "stages", stage_bytes, timeout_s) if any(unmapped) else None
     for rank, not_mapped in zip(ranks, unmapped, strict=True):
         rank["unmapped"] = not_mapped

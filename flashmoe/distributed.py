@@ -27,8 +27,7 @@ _world: World | None = None
 _groups: dict[str, Group | CudaGroup] = {}  # by name; the look-up of every call
 _process_groups: dict[str, Any] = {}  # by name
 _owns_torch_world = False
-# Counts init() and reserve() for the life of the process and never starts again: keys in the store stay behind, and
-# an attempt that found those of an earlier one would believe them.
+# Counts init() and reserve() for the life of the process: keys in the store stay behind, and would be believed again.
 _attempts = 0
 
 
@@ -76,10 +75,9 @@ def init(
         num_workers: threads that compute on this rank; may differ between ranks
             (default: FLASHMOE_NUM_WORKERS, else this rank's share of the usable cores).
         device: what this rank is, and where its calls' tensors lie: "cpu" or "cuda", the same on all ranks (default:
-            torch's default device, the CPU unless the program has set another). "cuda:2" names the GPU, and "cuda" is
-            the current one if torch.cuda.set_device() chose another than the first, else that which LOCAL_RANK
-            counts off. It is the current device afterwards. GPUs reach each other through NVSHMEM, which is
-            initialised once, over the whole world, and finalised when all ranks come to their end.
+            torch's default device, the CPU unless the program has set another). "cuda:2" names the GPU, "cuda" is the
+            current one if set_device() chose another than the first, else that which LOCAL_RANK counts off. It is
+            current afterwards. GPUs reach each other through NVSHMEM, initialised once over the whole world.
 
     Raises:
         ValueError: an argument is out of range, or the ranks' arguments differ; on every rank.
@@ -141,7 +139,7 @@ def finalize() -> None:
     """Let go of the groups, the arena and, if ``init()`` made it, the torch world. Not collective; safe to repeat.
 
     A group that somebody still holds keeps its memory until it is dropped; to other hosts it leads no longer. What GPUs
-    hold is freed when all ranks meet again, in ``init()``, or with the process: that takes all of them.
+    hold is freed when all ranks meet again, in ``init()``, or with the process.
     """
     global _owns_torch_world
     with _lock:
@@ -287,8 +285,7 @@ def _drop_world() -> None:
 
 
 def _forget_in_forked_child() -> None:
-    # The groups' threads do not exist in the child and the symmetric memory is not mapped there. What the child uses
-    # itself, it makes anew.
+    # The groups' threads do not exist in the child, nor is the symmetric memory mapped there: it makes its own anew.
     global _lock, _world, _owns_torch_world
     _lock = threading.RLock()
     _groups.clear()

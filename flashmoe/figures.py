@@ -12,8 +12,10 @@ _COLORS = ("#2a78b5", "#d1603d", "#4f9d69", "#8a63b3", "#b08e2f", "#5b6770")
 _MEMORY_TOKENS, _MEMORY_RANKS = 8192, (2, 4, 8, 16, 32, 64)
 
 
-def draw_all(records: list[Record], folder: Path) -> list[tuple[Path, str]]:
-    """Write every figure that these records allow as SVG; returns files and captions."""
+def draw_all(
+    records: Any, folder: Path, figures: "tuple[tuple[str, Callable[[Any, Any], Any], str], ...] | None" = None
+) -> list[tuple[Path, str]]:
+    """Write every figure that these records allow as SVG; returns files and captions. Default: those of this file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -22,7 +24,7 @@ def draw_all(records: list[Record], folder: Path) -> list[tuple[Path, str]]:
     style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
              "svg.hashsalt": "flashmoe", "svg.fonttype": "none"}  # fmt: skip
     drawn = []
-    for name, draw, caption in FIGURES:
+    for name, draw, caption in FIGURES if figures is None else figures:
         with pyplot.rc_context(style):
             figure = draw(records, pyplot)
             if figure is None:

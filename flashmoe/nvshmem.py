@@ -22,6 +22,7 @@ from .rendezvous import Rendezvous
 
 _PACKAGES = ("nvidia-nvshmem-cu13", "nvidia-nvshmem-cu12")
 _DEFAULT_HEAP = 2**30  # NVSHMEM's own, where it does not map memory on demand
+_IBGDA = "NVSHMEM_IB_ENABLE_IBGDA"
 _OWN_BYTES = 64 * 2**20  # of the heap, for what the library keeps there itself
 _MAY_BEGIN = ("not initialised", "initialised by somebody else")
 _LIBRARY_S = 60.0  # that a call of the library may take at least, once all ranks are there
@@ -104,6 +105,24 @@ def initialize(rendezvous: Rendezvous, device: int, heap_bytes: int, timeout_s: 
         # A store of its own reference: torch's world may be destroyed before the end.
         store = dist.PrefixStore("flashmoe/nvshmem", dist.distributed_c10d._get_default_store())
         _meeting = Rendezvous(store, rank, range(size), "end", rendezvous.is_alive)
+
+
+def check_network() -> None:
+    """Before ranks put to memory that is not mapped.
+
+    Raises:
+        RuntimeError: this build's GPU code could not, or would wait for ever.
+    """
+    if not _C.has_nvshmem_kernels():
+        raise RuntimeError(
+            "some ranks' GPUs do not map each other's memory, and this build has no kernels that reach it otherwise: "
+            "build flashmoe with NVSHMEM's headers of 3.7 or later"
+        )
+    if os.environ.get(_IBGDA, "0").lower() not in ("", "0", "n", "no", "off", "false"):
+        raise RuntimeError(
+            f"{_IBGDA} must not be set: kernels that write a NIC's queues themselves lose the pipelining of their matrix "
+            f"products, so flashmoe's do not; NVSHMEM's host thread moves their data (docs/launch.md)"
+        )
 
 
 def together(rendezvous: Rendezvous, step: str, call: Callable[[], Any], timeout_s: float) -> list[Any]:

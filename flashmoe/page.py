@@ -8,6 +8,7 @@ from pathlib import Path
 from .figures import draw_all
 from .records import Record, markdown_table, read_records
 from .report import milliseconds, percent
+from .simulation.figures import draw_scale
 
 README_BEGIN, README_END = "<!-- from bench/results by `flashmoe report` -->", "<!-- until here -->"
 
@@ -32,7 +33,7 @@ def write_report(results: Path, out: Path, readme: Path | None) -> list[Path]:
         records = read_records(results)
         text = readme_with_table(readme.read_text(), records) if readme is not None else None
         out.mkdir(parents=True, exist_ok=True)
-        figures = draw_all(records, out)
+        figures = draw_all(records, out) + draw_scale(results, out)
     except ImportError as error:
         raise RuntimeError(f"flashmoe report needs {error.name}: pip install 'flashmoe[bench]'") from error
     index = out / "index.html"

@@ -135,16 +135,19 @@ class Team:
 
 def install(
     gpus: int = 8, free: int = 2**34, version: str = "3.7.2", unmapped: tuple[int, ...] = (), exhausted: int = 0,
-    dies_in: str = "", state: str = "not initialised",
+    dies_in: str = "", state: str = "not initialised", kernels: bool = True, ibgda: str = "",
 ) -> None:  # fmt: skip
     """The rank has so many GPUs, each with that much free memory.
 
     ``unmapped``: ranks whose memory it cannot map. ``exhausted``: the allocation that gets nothing here. ``dies_in``:
-    the collective call in which this process ends. ``state``: of the library, before.
+    the collective call in which this process ends. ``state``: of the library, before. ``kernels``: the build has those
+    for memory that is not mapped. ``ibgda``: what the user has set NVSHMEM's variable to.
     """
+    os.environ["NVSHMEM_IB_ENABLE_IBGDA"] = ibgda
     World.plan.__dict__.update(ranks=dist.get_world_size(), unmapped=unmapped, exhausted=exhausted, dies_in=dies_in, state=state)
     nvshmem._GRACE_S = 1.0
     _C.NvshmemWorld, _C.CudaTeam, _C.nvshmem_modules = World, Team, lambda: []
+    _C.has_nvshmem_kernels = lambda: kernels
     nvshmem.library = lambda: {"path": "libnvshmem_host.so.3", "found": "a fake", "version": version}
     cuda_teams.has_cuda = lambda: gpus > 0
     cuda = torch.cuda

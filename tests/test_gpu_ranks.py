@@ -88,6 +88,21 @@ def test_peers_that_cannot_be_mapped_are_sent_to_from_a_stage():
         assert teams[0]["stage"] == teams[2]["stage"] != 0 and teams[0]["stage_bytes"] == 3000
 
 
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ({"kernels": False}, "this build has no kernels that reach it otherwise"),
+        ({"ibgda": "1"}, "NVSHMEM_IB_ENABLE_IBGDA must not be set"),
+    ],
+)
+def test_network_that_the_kernels_cannot_use_is_refused_on_every_rank(plan, message):
+    with gpu_world(2, {0: {"unmapped": (1,)} | plan, 1: {"unmapped": (0,)}}) as world:
+        for outcome in world.outcomes(start):
+            assert outcome.kind == "RuntimeError" and message in outcome.error
+    with gpu_world(2, {0: plan}) as world:  # where all is mapped, nobody asks
+        world.call(start)
+
+
 def test_all_ranks_are_of_one_kind():
     with gpu_world(2) as world:
         world.start([0], flashmoe.distributed.init, device="cpu")

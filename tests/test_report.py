@@ -41,7 +41,8 @@ def test_page_holds_every_run_and_every_figure(tmp_path, capsys, records):
     assert main(["report", str(RESULTS), "--out", str(tmp_path)]) == 0
     files = capsys.readouterr().out.split()
     drawn = [Path(name) for name in files if name.endswith(".svg")]
-    assert [path.stem for path in drawn] == ["latency", "throughput", "speedups", "scaling", "memory"]
+    assert [path.stem for path in drawn] == ["latency", "throughput", "speedups", "scaling", "memory",
+                                             "scale-validation", "scale-paper", "scale-gpus"]  # fmt: skip
     for path in drawn:
         assert ElementTree.parse(path).getroot().tag.endswith("svg")
     page = (tmp_path / "index.html").read_text()
