@@ -44,7 +44,7 @@ class Check:
     def error_of(self, y: torch.Tensor) -> dict[str, Any]:
         difference = y[self.rows].double() - self.truth
         relative = difference.norm(dim=1) / self.truth.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
-        worst = int(self.rows[relative.nan_to_num(nan=math.inf).argmax()])
+        worst = int(self.rows[int(relative.nan_to_num(nan=math.inf).argmax())])
         return {
             "max": float(difference.abs().max()),
             "relative": float(relative.max()),

@@ -50,7 +50,7 @@ def hugging_face(
         raise Skipped("drops nothing")
     if implementation == "batched_mm":
         needed = routing.topk_ids.numel() * shape.expert_elements * x.element_size()
-        limit = available_memory() // 4
+        limit = (torch.cuda.mem_get_info(x.device)[0] if x.is_cuda else available_memory()) // 4
         if needed > limit:
             raise Skipped(
                 f"copies every row's expert: {needed / 2**30:.1f} GiB, more than a quarter of the memory left"
@@ -77,6 +77,11 @@ def hugging_face(
     experts.down_proj = torch.nn.Parameter(down_proj, False)
     weights = routing.topk_weights.to(x.dtype)
     return lambda: experts(x, routing.topk_ids, weights)
+
+
+def can_exchange(device: str) -> bool:
+    """Whether torch's world can do an all-to-all of tensors there: ``cpu`` or ``cuda``."""
+    return device == "cpu" or "cuda:nccl" in dist.get_backend_config()
 
 
 def grouped_mm_ffn(rows: Tensor, counts: Tensor, gate_up_proj: Tensor, down_proj: Tensor, act: Callable) -> Tensor:
@@ -110,10 +115,12 @@ def pipeline(
         experts_per_rank: neighbouring experts, rank by rank.
 
     Raises:
-        Skipped: this torch has no grouped_mm, or some rank has no expert.
+        Skipped: this torch has no grouped_mm, some rank has no expert, or the world cannot exchange what GPUs hold.
     """
     if min(experts_per_rank) == 0:
         raise Skipped("needs an expert on every rank")
+    if not can_exchange(x.device.type):
+        raise Skipped("torch's world has no NCCL")
     ffn = grouped_mm_ffn if name == "pipeline-grouped_mm" else loop_ffn
     if ffn is grouped_mm_ffn and not hasattr(F, "grouped_mm"):
         raise Skipped("this version of torch has no torch.nn.functional.grouped_mm")
@@ -141,7 +148,7 @@ def pipeline(
         rows = x.new_empty(sum(receive), x.shape[1])
         dist.all_to_all_single(rows, x[order // top_k], receive, send)
         # They came source by source, each sorted by expert; the experts want all sources together.
-        expert = torch.arange(num_local).repeat(world_size).repeat_interleave(arriving)
+        expert = torch.arange(num_local, device=x.device).repeat(world_size).repeat_interleave(arriving)
         by_expert = expert.argsort(stable=True)
         out = ffn(rows[by_expert], arriving.view(world_size, num_local).sum(0), gate_up_proj, down_proj, act)
         results = torch.empty_like(rows)

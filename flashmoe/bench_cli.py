@@ -53,6 +53,7 @@ def _add_layer(commands: argparse._SubParsersAction) -> None:
         help="drop what exceeds F times an expert's equal share (default: nothing is dropped)")
     add("--paper", action="store_true",
         help=f"like the FlashMoE paper's own comparison: {_PAPER}, uniform routing, capacity factor {PAPER_CAPACITY:g}")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: each rank has a GPU (default: cpu)")
     add("--inputs", type=positive, default=2, metavar="N", help="that take turns, so that rows are cold (default: 2)")
     add("--input", choices=["text", "random"], default="text", metavar="KIND", help="text or random (default: text)")
     add("--iters", type=positive, default=10, metavar="N", help="rounds of timed calls (default: 10)")
@@ -97,7 +98,7 @@ def _bench_layer(options: argparse.Namespace, arguments: list[str]) -> int:
         shape=shapes[0], tokens=1, ranks=1, dtype="fp32", input=options.input, iterations=options.iters,
         warmup=options.warmup, seconds=options.seconds, seed=options.seed, remote_only=None, threads=1,
         usable_threads=1, baselines=tuple(names), started=0.0, capacity_factor=options.capacity_factor,
-        inputs=options.inputs,
+        inputs=options.inputs, device=options.device,
     )  # fmt: skip
     wanted = configurations(base, shapes, ranks, options.dtypes, options.tokens, options.skews, usable_cores())
     return bench(list(wanted), options.out, ["flashmoe", *arguments])

@@ -104,13 +104,16 @@ def _measure(options: RunOptions) -> dict[str, Any] | None:
     if options.ranks == 1:
         return run_rank(options)
     sizes = arena_sizes(options, options.shape)
+    how = {"num_workers": options.threads, "device": options.device}
     if not in_a_world():
-        return launch(run_rank, options.ranks, options, init_kwargs={**sizes, "num_workers": options.threads})[0]
+        return launch(run_rank, options.ranks, options, init_kwargs=sizes | how)[0]
     # What an earlier configuration made may be too small, and its groups are in use.
     if distributed.is_initialized():
         distributed.reserve(**sizes)
     else:
-        distributed.init(**sizes, num_workers=options.threads)
+        if options.device == "cuda" and not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl")  # what is compared with exchanges by NCCL
+        distributed.init(**sizes, **how)
     measured = run_rank(options)
     dist.barrier()
     return measured

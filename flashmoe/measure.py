@@ -17,6 +17,7 @@ _REPORT_S = 5.0
 _GEMM_SIZE = 2048
 _READ_BYTES = 256 << 20
 _COPY_BYTES = 64 << 20
+_GPU_GEMM_SIZE, _GPU_READ_BYTES = 8192, 1 << 30
 
 
 class Ranks:
@@ -28,7 +29,7 @@ class Ranks:
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier()
+            dist.all_reduce(torch.zeros(1))  # on the CPU, also where torch's world has a backend for GPUs
 
     def slowest(self, seconds: Sequence[float]) -> list[float]:
         """Element by element, the maximum over ranks."""
@@ -39,12 +40,14 @@ class Ranks:
         return maximum.tolist()
 
     def collect(self, rows: torch.Tensor) -> torch.Tensor | None:
-        """Everybody's ``rows`` [n, ...], one rank after the other, on rank 0; equal shapes on all ranks."""
+        """Everybody's ``rows`` [n, ...], one rank after the other, on rank 0; equal shapes on all ranks. They travel
+        between CPUs."""
         if self.size == 1:
             return rows
-        parts = [torch.empty_like(rows) for _ in range(self.size)] if self.rank == 0 else None
-        dist.gather(rows.contiguous(), parts)
-        return torch.cat(parts) if parts else None
+        sent = rows.cpu().contiguous()
+        parts = [torch.empty_like(sent) for _ in range(self.size)] if self.rank == 0 else None
+        dist.gather(sent, parts)
+        return torch.cat(parts).to(rows.device) if parts else None
 
     def collect_objects(self, value: Any) -> list[Any] | None:
         """Everybody's ``value`` on rank 0, by rank."""
@@ -75,8 +78,10 @@ class Contender:
     def time_once(self) -> float:
         if self.call is None:
             return 0.0
+        _finish_queued_work()
         start = time.perf_counter()
         self.call()
+        _finish_queued_work()
         return time.perf_counter() - start
 
 
@@ -163,21 +168,37 @@ def speedup(ours: Contender, other: Contender) -> dict[str, Any]:
     }
 
 
-def gemm(threads: int) -> tuple[Contender, int]:
-    """A square float32 product by torch's BLAS, and its floating-point operations."""
-    left, right = torch.randn(2, _GEMM_SIZE, _GEMM_SIZE)
-    out = torch.empty(_GEMM_SIZE, _GEMM_SIZE)
-    return Contender("pure GEMM", lambda: torch.mm(left, right, out=out), threads), 2 * _GEMM_SIZE**3
+def gemm(threads: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Contender, int]:
+    """A square product by torch's BLAS, on the CPU in float32 and on a GPU in ``dtype``, and its floating-point
+    operations."""
+    size, dtype = (_GEMM_SIZE, torch.float32) if device == "cpu" else (_GPU_GEMM_SIZE, dtype)
+    left, right = torch.randn(2, size, size, device=device, dtype=dtype)
+    out = torch.empty(size, size, device=device, dtype=dtype)
+    return Contender("pure GEMM", lambda: torch.mm(left, right, out=out), threads), 2 * size**3
 
 
-def reading(threads: int) -> tuple[Contender, int]:
-    """Reading memory that no cache holds, with ``threads`` threads, and its bytes."""
+def reading(threads: int, device: str = "cpu") -> tuple[Contender, int]:
+    """Reading memory that no cache holds, with ``threads`` threads or by the GPU, and its bytes."""
+    if device != "cpu":
+        words = torch.ones(_GPU_READ_BYTES // 4, device=device)
+        return Contender("pure reading", words.sum, threads), _GPU_READ_BYTES
     memory = torch.ones(_READ_BYTES, dtype=torch.uint8)
     return Contender("pure reading", lambda: _C.read_memory(memory.data_ptr(), _READ_BYTES, threads), threads), _READ_BYTES
 
 
-def copying(threads: int) -> tuple[Contender, int]:
-    """Copying memory that no cache holds, as a put into mapped memory does, and the bytes that arrive."""
+def linking(threads: int, device: str, ranks: Ranks) -> tuple[Contender, int]:
+    """What ranks can send each other at one time, and the bytes that leave each of them: on CPUs copying memory that no
+    cache holds, as a put into mapped memory does; on GPUs torch's all-to-all."""
+    if device != "cpu":
+        part = _COPY_BYTES // ranks.size
+        sent = torch.ones(part * ranks.size, dtype=torch.uint8, device=device)
+        received = torch.empty_like(sent)
+        return Contender("pure sending", lambda: dist.all_to_all_single(received, sent), threads), part * (ranks.size - 1)
     source = torch.ones(_COPY_BYTES, dtype=torch.uint8)
     to = torch.empty_like(source)
-    return Contender("pure copying", lambda: to.copy_(source), threads), _COPY_BYTES
+    return Contender("pure sending", lambda: to.copy_(source), threads), _COPY_BYTES
+
+
+def _finish_queued_work() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()

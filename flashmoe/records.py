@@ -28,7 +28,7 @@ _COMPARED = _object({
     "name": _TEXT, "relative_error": _NUMBER, "ratio": _NUMBER, "ratio_quartiles": _QUARTILES,
     **_LATENCY["properties"],
 })  # fmt: skip
-_TRAFFIC = {"type": "array", "items": {"type": "object", "additionalProperties": {"type": "array", "items": _COUNT}}}
+_TRAFFIC = {"type": "array", "items": {"type": ["object", "null"], "additionalProperties": {"type": "array", "items": _COUNT}}}
 
 # JSON Schema 2020-12 of a record that ended well; seconds, bytes, and ratios unless a name says otherwise.
 RUN_SCHEMA: dict[str, Any] = _object({

@@ -9,6 +9,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import report
 from ._C import available_memory
 from .info import machine, versions
@@ -52,7 +54,7 @@ def run(options: RunOptions, json_file: str | None, command: list[str]) -> int:
 def new_record(options: RunOptions, command: list[str]) -> dict[str, Any]:
     """What is known before anything is measured."""
     asked = ("ranks", "tokens", "dtype", "input", "threads", "seed", "iterations", "warmup", "seconds", "remote_only",
-             "skew", "capacity_factor", "inputs")  # fmt: skip
+             "skew", "capacity_factor", "inputs", "device")  # fmt: skip
     return {
         "schema": 1,
         "ok": False,
@@ -60,7 +62,7 @@ def new_record(options: RunOptions, command: list[str]) -> dict[str, Any]:
         "command": command,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
-        "machine": machine(),
+        "machine": machine() | ({"gpu": torch.cuda.get_device_name()} if options.device == "cuda" else {}),
         "shape": dataclasses.asdict(options.shape),
         "run": {name: getattr(options, name) for name in asked} | {"transport": _transport(options)},
     }
@@ -114,7 +116,7 @@ def check_memory(options: RunOptions) -> None:
         NotEnoughMemory: says what is needed, what is there, and which scale would fit.
     """
     needed, there = bytes_needed(options, options.shape), available_memory()
-    if needed <= there:
+    if needed <= there or options.device != "cpu":  # of a GPU torch tells, by name
         return
     shape = options.shape
     common = math.gcd(shape.hidden_size, shape.intermediate_size)
@@ -152,6 +154,8 @@ def _measure(options: RunOptions) -> dict[str, Any]:
 def _transport(options: RunOptions) -> str:
     if options.ranks == 1:
         return "one process"
+    if options.device == "cuda":
+        return "NVSHMEM"
     if options.remote_only is None:
         return "UCX" if settings_of_environment().transport == "ucx" else "shared memory"
     return f"delayed and reordered puts (seed {options.remote_only})"

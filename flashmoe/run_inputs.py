@@ -19,7 +19,7 @@ def draw(options: RunOptions, ranks: Ranks, layer: MoE, number: int) -> tuple[to
     activations = text_activations if options.input == "text" else random_activations
     stretch = ranks.rank + number * ranks.size
     x = activations(options.tokens, options.shape.hidden_size, rank=stretch, seed=options.seed)
-    x = x.to(DTYPES[options.dtype])
+    x = x.to(layer.down_proj.device, DTYPES[options.dtype])
     routing = skewed(layer.router(x), options.skew, options.seed + stretch)
     if options.capacity_factor is not None:
         routing = with_capacity(routing, options.capacity_factor)
@@ -29,7 +29,7 @@ def draw(options: RunOptions, ranks: Ranks, layer: MoE, number: int) -> tuple[to
 def collect(ranks: Ranks, x: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, Routing] | None:
     """The tokens of all ranks on rank 0. They travel in float32, which holds every dtype."""
     parts = [ranks.collect(part) for part in (x.float(), routing.topk_ids, routing.topk_weights)]
-    return (parts[0].to(x.dtype), Routing(*parts[1:], routing.num_experts)) if ranks.rank == 0 else None
+    return (parts[0].to(x.dtype), Routing(*parts[1:], routing.num_experts)) if parts[0] is not None else None
 
 
 def in_turns(calls: list[Callable[[], Any]]) -> Callable[[], Any]:

@@ -14,7 +14,8 @@ class RunOptions:
     """What a run was asked for, as each rank gets it; ``started`` is a time.time().
 
     ``skew`` and ``capacity_factor`` are of skew.py; with ``inputs`` above 1 as many inputs take turns, so that a call
-    does not find its rows in a cache. ``trace`` is a file for the timeline of one more call.
+    does not find its rows in a cache. ``trace`` is a file for the timeline of one more call. ``device`` is
+    cpu or cuda: the GPU of each rank.
     """
 
     shape: LayerShape
@@ -35,6 +36,7 @@ class RunOptions:
     capacity_factor: float | None = None
     inputs: int = 1
     trace: str | None = None
+    device: str = "cpu"
 
     @property
     def routes(self) -> bool:

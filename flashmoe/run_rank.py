@@ -12,7 +12,7 @@ import torch.distributed as dist
 from . import baselines
 from .accuracy import Check, checked_tokens
 from .contention import ProcessorTime
-from .measure import Contender, Ranks, copying, gemm, quantile, reading, speedup, spread, take_turns
+from .measure import Contender, Ranks, gemm, linking, quantile, reading, speedup, spread, take_turns
 from .module import MoE
 from .routing import Routing, make_router
 from .run_inputs import collect, draw, in_turns
@@ -62,12 +62,13 @@ def run_rank(options: RunOptions) -> dict[str, Any] | None:
     contenders = [Contender("flashmoe", in_turns([partial(layer, *one) for one in inputs]), options.threads)]
     if options.routes:
         contenders.append(Contender("with router", in_turns([partial(layer, x) for x, _ in inputs]), options.threads))
-    pure, amounts = zip(gemm(options.all_threads), reading(options.all_threads), strict=True)
+    rates = gemm(options.all_threads, options.device, x.dtype), reading(options.all_threads, options.device)
+    pure, amounts = zip(*rates, strict=True)
     for contender in pure:  # one rank measures what the machine does with the threads of all
         contender.call = contender.call if ranks.rank == 0 else None
     contenders.extend(pure)
-    link, copied = copying(options.threads)
-    if options.ranks > 1:
+    link, sent = linking(options.threads, options.device, ranks) if options.ranks > 1 else (None, 0)
+    if link is not None and baselines.can_exchange(options.device):
         contenders.append(link)
     results = []
     for name in options.baselines:
@@ -110,8 +111,8 @@ def run_rank(options: RunOptions) -> dict[str, Any] | None:
         timeline.draw(Path(options.trace).with_suffix(".png"))
     if options.routes:
         result["latency_with_router"] = _speed(contenders[1], flops)
-    if options.ranks > 1:
-        result["link"] = _link(result["bytes_per_peer"], copied / spread(link.samples)["p50"])
+    if link is not None and link.samples and all(result["bytes_per_peer"]):
+        result["link"] = _link(result["bytes_per_peer"], sent / spread(link.samples)["p50"])
     touched = result["routing"]["experts_used"] * shape.expert_elements * DTYPES[options.dtype].itemsize
     return result | _floor(contenders[0], *pure, flops / amounts[0], touched, touched / amounts[1])
 
@@ -132,9 +133,11 @@ def _build(options: RunOptions, ranks: Ranks) -> tuple[MoE, MoE | None]:
     shape, group, owner = options.shape, None, None
     sizes = (shape.hidden_size, shape.intermediate_size, shape.num_experts, shape.top_k)
     common = {"activation": shape.activation, "gated": shape.gated, "dtype": DTYPES[options.dtype]}
+    common["device"] = options.device
     torch.manual_seed(options.seed)
     router = make_router(shape.router, shape.hidden_size, shape.num_experts, shape.top_k, **shape.router_options)
     torch.nn.init.normal_(router.weight, std=shape.hidden_size**-0.5)  # logits of unit variance
+    router = router.to(options.device)
     if options.ranks == 1:
         layer = MoE(*sizes, router=router, **common)
         return layer, layer
@@ -144,7 +147,7 @@ def _build(options: RunOptions, ranks: Ranks) -> tuple[MoE, MoE | None]:
     if ranks.rank > 0:
         return MoE(*sizes, router=router, group=group, expert_map=owner, **common), None
     whole = MoE(*sizes, router=router, **common)
-    layer = MoE(*sizes, router=router, group=group, expert_map=owner, device="meta", **common)
+    layer = MoE(*sizes, router=router, group=group, expert_map=owner, **common | {"device": "meta"})
     if owner is not None:
         layer.expert_map = torch.tensor(owner, dtype=torch.int32)
     layer.gate_up_proj = torch.nn.Parameter(whole.gate_up_proj[: counts[0]], False)
