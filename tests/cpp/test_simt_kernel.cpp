@@ -1,7 +1,7 @@
 // The GPU's whole kernel, its own source, on fibers: roles, agent and crew, the exact engine, W virtual ranks as one
 // grid; over many seeds against the layer's definition.
+#include "simt_programs.h"
 #include "simt_run.h"
-#include "simt_team.h"
 
 namespace {
 
@@ -9,16 +9,6 @@ using namespace flashmoe;
 using namespace flashmoe::test;
 
 const LayerShape kSmall{.hidden_size = 40, .intermediate_size = 48, .num_experts = 6, .top_k = 2};
-
-// num_tokens[call][rank]
-Program program_of(const Layer& layer, const std::vector<std::vector<int>>& num_tokens, uint64_t seed, Skew skew = Skew::kUniform) {
-  Program program;
-  for (const auto& ranks : num_tokens) {
-    program.push_back({&layer, {}, equal_blocks(layer.num_experts, int(ranks.size()))});
-    for (int n : ranks) program.back().tokens.push_back(draw_tokens(layer, n, seed++, skew));
-  }
-  return program;
-}
 
 // Every seed must end well, and with the bits of the first.
 void check_seeds(const Program& program, SimtOptions options, int seeds, const std::string& what, bool back_to_back = false) {

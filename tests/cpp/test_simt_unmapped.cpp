@@ -1,27 +1,11 @@
 // The GPU's whole kernel among peers whose memory is not mapped, or only some of it: put-with-signal over a network
 // that delays and reorders by seed (gpu/simt_remote.h), one call after another and back to back.
-#include "simt_team.h"
+#include "simt_programs.h"
 
 namespace {
 
 using namespace flashmoe;
 using namespace flashmoe::test;
-
-const Layer& tiny_layer() {
-  static const Layer layer({.hidden_size = 24, .intermediate_size = 40, .num_experts = 6, .top_k = 2}, 1);
-  return layer;
-}
-
-// num_tokens[call][rank]
-Program program_of(const std::vector<std::vector<int>>& num_tokens, uint64_t seed, Skew skew = Skew::kUniform,
-                   const Layer& layer = tiny_layer()) {
-  Program program;
-  for (const auto& ranks : num_tokens) {
-    program.push_back({&layer, {}, equal_blocks(layer.num_experts, int(ranks.size()))});
-    for (int n : ranks) program.back().tokens.push_back(draw_tokens(layer, n, seed++, skew));
-  }
-  return program;
-}
 
 // Every seed must end well, and with the bits of ranks that have all memory mapped.
 void check_seeds(const Program& program, SimtOptions options, int seeds, const std::string& what, bool back_to_back = false) {
@@ -47,17 +31,17 @@ constexpr Topology kTopologies[] = {{2, 1}, {3, 1}, {4, 1}, {3, 2}, {4, 2}, {4, 
 void unmapped_and_mixed_peers() {
   for (const Topology& t : kTopologies)
     for (int blocks : {1, 2})
-      check_seeds(program_of({std::vector<int>(t.ep_size, 21)}, 7), {.blocks_per_rank = blocks, .mapped_together = t.mapped_together},
+      check_seeds(program_of(tiny_layer(), {std::vector<int>(t.ep_size, 21)}, 7), {.blocks_per_rank = blocks, .mapped_together = t.mapped_together},
                   16, t.name() + " of " + std::to_string(blocks) + " blocks");
 }
 
 // All mapped, and yet the kernel for those that are not: nothing is left for the transport.
-void mapped_peers() { check_seeds(program_of({{21, 21}}, 8), {.blocks_per_rank = 2, .mapped_together = 2}, 8, "all mapped"); }
+void mapped_peers() { check_seeds(program_of(tiny_layer(), {{21, 21}}, 8), {.blocks_per_rank = 2, .mapped_together = 2}, 8, "all mapped"); }
 
 void calls_back_to_back() {
-  const Program two = program_of({{33, 5}, {0, 70}, {1, 0}, {0, 0}, {12, 12}, {64, 3}}, 120);
-  const Program three = program_of({{9, 1, 20}, {0, 3, 0}, {30, 2, 2}, {0, 0, 0}, {1, 1, 40}}, 140, Skew::kZipf);
-  const Program four = program_of({{9, 1, 0, 20}, {0, 0, 3, 0}, {7, 30, 2, 2}, {0, 0, 0, 0}, {1, 1, 1, 40}}, 160, Skew::kZipf);
+  const Program two = program_of(tiny_layer(), {{33, 5}, {0, 70}, {1, 0}, {0, 0}, {12, 12}, {64, 3}}, 120);
+  const Program three = program_of(tiny_layer(), {{9, 1, 20}, {0, 3, 0}, {30, 2, 2}, {0, 0, 0}, {1, 1, 40}}, 140, Skew::kZipf);
+  const Program four = program_of(tiny_layer(), {{9, 1, 0, 20}, {0, 0, 3, 0}, {7, 30, 2, 2}, {0, 0, 0, 0}, {1, 1, 1, 40}}, 160, Skew::kZipf);
   for (bool back_to_back : {false, true}) {
     check_seeds(two, {.blocks_per_rank = 2, .mapped_together = 1}, 8, "two ranks", back_to_back);
     for (int mapped_together : {1, 2}) {
@@ -76,15 +60,15 @@ const Layer& narrow_layer() {
 void ring_reuse() {
   for (uint32_t ring_blocks : {1u, 2u, 3u, 5u})
     for (int mapped_together : {1, 2})
-      check_seeds(program_of({{200, 150, 40}}, 200, Skew::kOneExpert, narrow_layer()),
+      check_seeds(program_of(narrow_layer(), {{200, 150, 40}}, 200, Skew::kOneExpert),
                   {.blocks_per_rank = 2, .ring_blocks = ring_blocks, .mapped_together = mapped_together}, 6,
                   "ring of " + std::to_string(ring_blocks));
 }
 
 void empty_ranks() {
   for (const std::vector<int>& tokens : {std::vector<int>{0, 30}, {17, 0}, {0, 0}, {0, 9, 0, 0}, {0, 0, 0, 0}})
-    check_seeds(program_of({tokens, tokens}, 90), {.blocks_per_rank = 2, .mapped_together = 1}, 8, "ranks without tokens", true);
-  Program program = program_of({{13, 12, 11}, {5, 0, 9}}, 95);
+    check_seeds(program_of(tiny_layer(), {tokens, tokens}, 90), {.blocks_per_rank = 2, .mapped_together = 1}, 8, "ranks without tokens", true);
+  Program program = program_of(tiny_layer(), {{13, 12, 11}, {5, 0, 9}}, 95);
   for (CallOfAll& call : program) call.map = ExpertMap(6, 1);
   check_seeds(program, {.mapped_together = 1}, 8, "ranks without experts", true);
 }
@@ -94,7 +78,7 @@ void dtypes() {
     LayerShape shape = tiny_layer();
     shape.dtype = dtype, shape.bias = true;
     const Layer layer(shape, 3);
-    check_seeds(program_of({{19, 7}}, 30, Skew::kUniform, layer), {.blocks_per_rank = 2, .mapped_together = 1}, 4,
+    check_seeds(program_of(layer, {{19, 7}}, 30), {.blocks_per_rank = 2, .mapped_together = 1}, 4,
                 "dtype " + std::to_string(int(dtype)));
   }
 }

@@ -1,25 +1,11 @@
 // The GPU's kernel among peers whose memory is not mapped, with a fault in how it uses the transport: each must show.
 // And failures: whoever gives up tells the others, mapped or not.
-#include "simt_team.h"
+#include "simt_programs.h"
 
 namespace {
 
 using namespace flashmoe;
 using namespace flashmoe::test;
-
-const Layer& tiny_layer() {
-  static const Layer layer({.hidden_size = 24, .intermediate_size = 40, .num_experts = 6, .top_k = 2}, 1);
-  return layer;
-}
-
-Program program_of(int ep_size, const std::vector<int>& num_tokens, uint64_t seed, Skew skew = Skew::kUniform) {
-  Program program;
-  for (int n : num_tokens) {
-    program.push_back({&tiny_layer(), {}, equal_blocks(6, ep_size)});
-    for (int r = 0; r < ep_size; ++r) program.back().tokens.push_back(draw_tokens(tiny_layer(), n, seed++, skew));
-  }
-  return program;
-}
 
 // Of these seeds at least one must end badly, and none where nothing is planted.
 template <class P>
