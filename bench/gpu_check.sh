@@ -54,7 +54,12 @@ processes() {
   fi
   tests tests/test_cuda_nvshmem.py -rs
 }
-export -f tests sanitize processes
+# The layer beside others, the most valuable first; no configuration begins after the seconds.
+layers() {  # seconds, options ...
+  "$python" -m flashmoe bench layer --device cuda --models mixtral-8x7b qwen3-30b-a3b flashmoe-paper --input random \
+    --baselines chain,triton,virtual-8,ceiling --seconds 2 --seconds-total "$@" --out "$out/gpu"
+}
+export -f tests sanitize processes layers
 out=$(realpath "$out")
 export python out
 
@@ -66,7 +71,8 @@ step graphs 35 bash -c 'tests tests/test_cuda_graphs.py'
 step processes 75 bash -c processes
 step memcheck 35 bash -c 'sanitize memcheck'
 step racecheck 35 bash -c 'sanitize racecheck'
-step benchmark 60 "$python" bench/gpu_layer.py --seconds 45 --json "$out/gpu_layer.json"
+step prefill 35 bash -c 'layers 18 --tokens 8192 512'
+step decode 25 bash -c 'layers 12 --tokens 1 8 32 128 --graph'
 
 printf '\n'
 printf '%s\n' "${table[@]}" | tee "$out/gpu_check.txt"

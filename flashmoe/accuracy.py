@@ -24,11 +24,13 @@ class Check:
     The error of a row is the Euclidean norm of its difference over the norm of the reference's row; the relative
     error is the largest of them. Its bound: a sum of n products in float32 errs like a random walk of n steps of
     u = 2^-24 (Higham and Mary 2019), so the two products contribute u (sqrt(H) + sqrt(I)); up to three times a value
-    is rounded to the dtype (inside the expert, on its way back, in y), by 2^-8 in bfloat16 and 2^-11 in float16; and
-    the k rows that are summed may partly cancel, which leaves a norm that is smaller by up to about sqrt(k).
+    is rounded to the dtype (inside the expert, on its way back, in y), by 2^-8 in bfloat16 and 2^-11 in float16, or in
+    tf32 all factors lose what ten bits do not hold, up to 2^-10; and the k rows that are summed may partly cancel, which leaves a norm that is smaller by up to about sqrt(k).
     """
 
-    def __init__(self, shape: LayerShape, whole: MoE, x: torch.Tensor, routing: Routing, tokens_per_rank: int) -> None:
+    def __init__(
+        self, shape: LayerShape, whole: MoE, x: torch.Tensor, routing: Routing, tokens_per_rank: int, tf32: bool = False
+    ) -> None:
         """x [T, H] and ``routing`` of all ranks, one after the other; ``whole`` owns all experts."""
         self.tokens_per_rank, self.num_tokens = tokens_per_rank, x.shape[0]
         self.rows = torch.arange(checked_tokens(shape, x.shape[0])) * self.num_tokens
@@ -37,7 +39,7 @@ class Check:
             x[self.rows], routing.topk_ids[self.rows], routing.topk_weights[self.rows], whole.gate_up_proj,
             whole.down_proj, activation=shape.activation, gated=shape.gated, compute_dtype=torch.float64,
         )  # fmt: skip
-        rounding = torch.finfo(x.dtype).eps / 2
+        rounding = 2.0**-10 if tf32 else torch.finfo(x.dtype).eps / 2
         accumulation = 2.0**-24 * (math.sqrt(shape.hidden_size) + math.sqrt(shape.intermediate_size))
         self.bound = math.sqrt(shape.top_k) * (accumulation + 3 * rounding)
 

@@ -5,6 +5,7 @@ configuration is one record, as of ``flashmoe run``, so `flashmoe report` draws 
 """
 
 import dataclasses
+import gc
 import itertools
 import os
 import time
@@ -13,13 +14,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from . import baselines, distributed
 from .launch import launch
 from .models import LayerShape
 from .records import Record
-from .report import milliseconds, percent, table
+from .report import comparison, milliseconds, percent, table
 from .run import arena_sizes, check_memory, failure_of, finish, new_record, write
 from .run_options import RunOptions
 from .run_rank import run_rank
@@ -38,43 +40,35 @@ def configurations(
     base: RunOptions, shapes: Iterable[LayerShape], ranks: Iterable[int], dtypes: Iterable[str],
     tokens: Iterable[int], skews: Iterable[str], cores: int,
 ) -> Iterator[RunOptions]:  # fmt: skip
-    """Every combination; shapes change slowest. The ``cores`` of a host are shared out among its ranks."""
-    for shape, num_ranks, dtype, num_tokens, skew in itertools.product(shapes, ranks, dtypes, tokens, skews):
+    """Every combination; all shapes are measured before the next ranks, dtype, tokens, skew, in the order given: should
+    the time not do for all, the most valuable come first. The ``cores`` of a host are shared out among its ranks."""
+    for skew, num_tokens, dtype, num_ranks, shape in itertools.product(skews, tokens, dtypes, ranks, shapes):
         threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE") or num_ranks))
-        possible = baselines.of_ranks(num_ranks)
         yield dataclasses.replace(
             base, shape=shape, ranks=num_ranks, dtype=dtype, tokens=num_tokens, skew=skew, threads=threads,
             usable_threads=max(cores, threads), started=time.time(),
-            baselines=tuple(name for name in base.baselines if name in possible),
+            baselines=tuple(baselines.of_ranks(num_ranks, base.baselines)),
         )  # fmt: skip
 
 
-def bench(wanted: list[RunOptions], out: Path | None, command: list[str]) -> int:
+def bench(wanted: list[RunOptions], out: Path | None, command: list[str], seconds: float) -> int:
     """Measure all of them, one after the other; print a line each, and write a record each into ``out``.
 
-    A configuration that fails costs only itself. Returns the exit code, 1 if any failed.
+    A configuration that fails costs only itself; none is begun after ``seconds``. Returns the exit code, 1 if any
+    failed.
     """
     speaks = not in_a_world() or int(os.environ["RANK"]) == 0
-    rows, failures = [_HEAD], []
-    for number, options in enumerate(wanted, 1):
+    began, done, rows, failures = time.monotonic(), 0, [_HEAD], []
+    while done < len(wanted) and not _told(time.monotonic() - began > seconds):
+        options, done = wanted[done], done + 1
         name = name_of(options)
         if speaks:
-            print(f"[{number}/{len(wanted)}] {name}", flush=True)
-        record = new_record(options, command)
-        try:
-            check_memory(options)
-            measured = _measure(options)
-            if not speaks:
-                continue
-            record |= measured
-            record["failure"] = failure_of(record["error"])
-        except Exception as error:
-            if in_a_world():
-                raise  # the ranks would part
-            traceback.print_exc()
-            record["failure"] = f"{type(error).__name__}: {error}"
-        finish(record, options)
+            print(f"[{done}/{len(wanted)}] {name}", flush=True)
+        record = _record_of(options, command)
+        if not speaks:
+            continue
         if record["failure"] is None:
+            print(comparison(record["baselines"]), flush=True)
             rows.append(_line(Record(name, record), options.skew))
         else:
             failures.append(f"FAILED {name}: {record['failure']}")
@@ -84,7 +78,11 @@ def bench(wanted: list[RunOptions], out: Path | None, command: list[str]) -> int
             write(record, out / f"{name}.json")
     if speaks:
         print("\n" + table(rows) + "\n")
-        print("\n".join(failures) if failures else f"OK {len(wanted)} configurations", flush=True)
+        if any("*" in cell for row in rows for cell in row):
+            print("*: the experts' weights stay in the GPU's L2 cache from call to call; rows do not\n")
+        if done < len(wanted):
+            print(f"after {seconds:g} s not begun: {', '.join(map(name_of, wanted[done:]))}")
+        print("\n".join(failures) if failures else f"OK {done} configurations", flush=True)
     return 1 if failures else 0
 
 
@@ -97,7 +95,42 @@ def name_of(options: RunOptions) -> str:
         parts.append(options.skew)
     if options.capacity_factor is not None:
         parts.append(f"capacity{options.capacity_factor:g}")
+    if options.graph:
+        parts.append("graph")
     return ".".join(parts)
+
+
+def _told(value: bool) -> bool:
+    """What rank 0 says, where a launcher's ranks must go on together."""
+    values = [value]
+    if in_a_world() and dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def _record_of(options: RunOptions, command: list[str]) -> dict[str, Any]:
+    """Of one configuration, on the rank that speaks; says how it ended."""
+    record = new_record(options, command)
+    try:
+        check_memory(options)
+        measured = _measure(options)
+        if measured is not None:
+            record |= measured
+            record["failure"] = failure_of(record["error"])
+    except Exception as error:
+        if in_a_world():
+            raise  # the ranks would part
+        traceback.print_exc()
+        record["failure"] = f"{type(error).__name__}: {error}"
+    finish(record, options)
+    if options.device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()  # virtual ranks and other libraries allocate for themselves
+    return record
+
+
+def _in_cache(record: dict[str, Any]) -> bool:
+    return record["bytes"]["weights"] <= record["machine"].get("gpu_l2_bytes", 0)
 
 
 def _measure(options: RunOptions) -> dict[str, Any] | None:
@@ -127,7 +160,7 @@ def _line(record: Record, skew: str) -> tuple[str, ...]:
     return (
         record.layer, record.dtype, str(record.tokens), str(record.ranks), skew, milliseconds(latency["p50"]),
         f"{milliseconds(low)} – {milliseconds(high)}", f"{latency['gflops']:.1f}",
-        percent(floor["compute_seconds"] / latency["p50"]), percent(floor["read_seconds"] / latency["p50"]),
+        percent(floor["compute_seconds"] / latency["p50"]), percent(floor["read_seconds"] / latency["p50"]) + "*" * _in_cache(data),
         percent(link["seconds"] / latency["p50"]) if link else "–", rival["name"] if rival else "–",
         "{:.2f} × ({:.2f} – {:.2f})".format(rival["ratio"], *rival["ratio_quartiles"]) if rival else "–",
     )  # fmt: skip

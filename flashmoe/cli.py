@@ -125,7 +125,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
 
 def _chosen(options: argparse.Namespace) -> tuple[str, ...]:
     """The baselines of this run; one that is named must fit the number of ranks."""
-    possible = baselines.of_ranks(options.ranks)
+    possible = baselines.of_ranks(options.ranks, baselines.on("cpu"))
     if options.baselines == "all":
         return tuple(possible)
     for name in options.baselines:

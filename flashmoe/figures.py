@@ -1,6 +1,7 @@
 """Figures of measurements, drawn from records. Needs matplotlib."""
 
 from collections.abc import Callable, Iterable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def speedups(records: list[Record], pyplot: Any) -> Any:
     names = sorted({one["name"] for _, one in compared})
     labels = list(dict.fromkeys(label for label, _ in compared))
     figure, axes = pyplot.subplots(figsize=(8, 1 + 0.24 * len(labels)))
-    for color, name in zip(_COLORS, names, strict=False):
+    for color, name in zip(cycle(_COLORS), names, strict=False):
         mine = [(labels.index(label), one) for label, one in compared if one["name"] == name]
         ratios = [one["ratio"] for _, one in mine]
         low = [max(0.0, one["ratio"] - one["ratio_quartiles"][0]) for _, one in mine]

@@ -25,6 +25,7 @@ def versions() -> dict[str, str | None]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "transformers": _version_of("transformers"),
+        "triton": _version_of("triton"),
     }
 
 

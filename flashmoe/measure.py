@@ -17,7 +17,7 @@ _REPORT_S = 5.0
 _GEMM_SIZE = 2048
 _READ_BYTES = 256 << 20
 _COPY_BYTES = 64 << 20
-_GPU_GEMM_SIZE, _GPU_READ_BYTES = 8192, 1 << 30
+_GPU_GEMM_SIZE, _GPU_COPY_BYTES = 8192, 1 << 30
 
 
 class Ranks:
@@ -57,14 +57,26 @@ class Ranks:
         dist.gather_object(value, values)
         return values
 
+    def told(self, value: Any) -> Any:
+        """Rank 0's ``value``, on every rank."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values)
+        return values[0]
+
+
+Clock = Callable[[Callable[[], Any]], float]
+
 
 @dataclass
 class Contender:
     """One way of doing the work.
 
     Attributes:
-        call: does it once; None on a rank that has no part in it.
+        call: does it ``calls`` times; None on a rank that has no part in it.
         threads: what torch is told to use on this rank meanwhile.
+        calls: more than one where a CUDA graph is replayed.
         samples: seconds of each timed call, the slowest rank's.
         turns: medians of the samples of each turn, by the number of the round.
     """
@@ -72,17 +84,22 @@ class Contender:
     name: str
     call: Callable[[], Any] | None
     threads: int
+    calls: int = 1
     samples: list[float] = field(default_factory=list)
     turns: dict[int, float] = field(default_factory=dict)
 
-    def time_once(self) -> float:
-        if self.call is None:
-            return 0.0
-        _finish_queued_work()
-        start = time.perf_counter()
-        self.call()
-        _finish_queued_work()
-        return time.perf_counter() - start
+    def time_once(self, clock: Clock) -> float:
+        """Seconds of one of the calls."""
+        return 0.0 if self.call is None else clock(self.call) / self.calls
+
+
+def host_seconds(call: Callable[[], Any]) -> float:
+    """Until all that it has queued on GPUs is done."""
+    _finish_queued_work()
+    start = time.perf_counter()
+    call()
+    _finish_queued_work()
+    return time.perf_counter() - start
 
 
 def take_turns(
@@ -92,6 +109,7 @@ def take_turns(
     warmup: int,
     seconds: float,
     report: Callable[[str], None] = lambda text: None,
+    clock: Clock = host_seconds,
 ) -> None:
     """Fill in each contender's samples: ``iterations`` rounds in which each of them has its turn.
 
@@ -99,7 +117,7 @@ def take_turns(
 
     A contender that would take more than its equal share of ``seconds`` sits out rounds, evenly spread, but is
     sampled at least three times, or once if a single call takes longer than its share. ``report`` hears of progress
-    every few seconds.
+    every few seconds. ``clock`` makes a call and says how long it took.
     """
     share, told = seconds / len(contenders), time.monotonic()
     plans = []
@@ -108,7 +126,7 @@ def take_turns(
         estimate, spent = math.inf, 0.0
         for _ in range(max(1, warmup)):
             ranks.barrier()
-            elapsed = ranks.slowest([contender.time_once()])[0]
+            elapsed = ranks.slowest([contender.time_once(clock) * contender.calls])[0]
             estimate, spent = min(estimate, elapsed), spent + elapsed
             if spent > share / 2:
                 break
@@ -123,18 +141,18 @@ def take_turns(
         if due and plans[0] not in due:
             due.insert(0, plans[0])
         for contender, _, burst in due:
-            _take_turn(contender, ranks, number, burst)
+            _take_turn(contender, ranks, number, burst, clock)
 
 
-def _take_turn(contender: Contender, ranks: Ranks, number: int, burst: int) -> None:
+def _take_turn(contender: Contender, ranks: Ranks, number: int, burst: int, clock: Clock) -> None:
     torch.set_num_threads(contender.threads)
     time.sleep(_PAUSE_S)
     if burst > 1:  # a short call would pay for the caches that the others have filled
-        contender.time_once()
+        contender.time_once(clock)
     samples = []
     for _ in range(burst):
         ranks.barrier()
-        samples.append(contender.time_once())
+        samples.append(contender.time_once(clock))
     samples = ranks.slowest(samples)
     contender.samples.extend(samples)
     contender.turns[number] = quantile(samples, 0.5)
@@ -178,10 +196,12 @@ def gemm(threads: int, device: str = "cpu", dtype: torch.dtype = torch.float32) 
 
 
 def reading(threads: int, device: str = "cpu") -> tuple[Contender, int]:
-    """Reading memory that no cache holds, with ``threads`` threads or by the GPU, and its bytes."""
+    """Reading memory that no cache holds, with ``threads`` threads, and its bytes; on a GPU a copy, which reads and
+    writes as many."""
     if device != "cpu":
-        words = torch.ones(_GPU_READ_BYTES // 4, device=device)
-        return Contender("pure reading", words.sum, threads), _GPU_READ_BYTES
+        source = torch.ones(_GPU_COPY_BYTES, dtype=torch.uint8, device=device)
+        to = torch.empty_like(source)
+        return Contender("pure reading", lambda: to.copy_(source), threads), 2 * _GPU_COPY_BYTES
     memory = torch.ones(_READ_BYTES, dtype=torch.uint8)
     return Contender("pure reading", lambda: _C.read_memory(memory.data_ptr(), _READ_BYTES, threads), threads), _READ_BYTES
 

@@ -49,6 +49,16 @@ class LayerShape:
             scale=self.scale * scale,
         )
 
+    def with_experts(self, num_experts: int) -> "LayerShape":
+        """The same layer with another number of experts, which its name tells.
+
+        Raises:
+            ValueError: fewer than a token goes to.
+        """
+        if num_experts < self.top_k:
+            raise ValueError(f"experts must be at least {self.top_k}, a token's of {self.name}, got {num_experts}")
+        return replace(self, num_experts=num_experts, name=f"{self.name}-e{num_experts}")
+
     @property
     def up_rows(self) -> int:
         """Rows of one expert's ``gate_up_proj``."""

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .baselines import HUGGING_FACE, ONE_PROCESS, PIPELINES
+from .baselines import ONE_PROCESS, is_rival
 
 _NUMBER = {"type": "number"}
 _COUNT = {"type": "integer", "minimum": 0}
 _TEXT = {"type": "string", "minLength": 1}
 _MAYBE_TEXT = {"type": ["string", "null"]}
+_DTYPES = ("fp32", "tf32", "bf16", "fp16")  # in the order of the tables
 _QUARTILES = {"type": "array", "items": _NUMBER, "minItems": 2, "maxItems": 2}
 
 
@@ -25,9 +26,8 @@ _LATENCY = _object(
 )  # fmt: skip
 _SKIPPED = _object({"name": _TEXT, "skipped": _TEXT})
 _COMPARED = _object({
-    "name": _TEXT, "relative_error": _NUMBER, "ratio": _NUMBER, "ratio_quartiles": _QUARTILES,
-    **_LATENCY["properties"],
-})  # fmt: skip
+    "name": _TEXT, "ratio": _NUMBER, "ratio_quartiles": _QUARTILES, **_LATENCY["properties"],
+}, relative_error=_NUMBER)  # fmt: skip
 _TRAFFIC = {"type": "array", "items": {"type": ["object", "null"], "additionalProperties": {"type": "array", "items": _COUNT}}}
 
 # JSON Schema 2020-12 of a record that ended well; seconds, bytes, and ratios unless a name says otherwise.
@@ -44,7 +44,7 @@ RUN_SCHEMA: dict[str, Any] = _object({
     "shape": _object({"name": _TEXT, "hidden_size": _COUNT, "intermediate_size": _COUNT, "num_experts": _COUNT,
                       "top_k": _COUNT, "router": _TEXT, "source": _TEXT, "activation": _TEXT,
                       "gated": {"type": "boolean"}, "scale": _COUNT}),
-    "run": _object({"ranks": _COUNT, "tokens": _COUNT, "dtype": {"enum": ["fp32", "bf16", "fp16"]},
+    "run": _object({"ranks": _COUNT, "tokens": _COUNT, "dtype": {"enum": list(_DTYPES)},
                     "input": {"enum": ["text", "random"]}, "threads": _COUNT, "seed": _COUNT, "iterations": _COUNT,
                     "warmup": _COUNT, "seconds": _NUMBER, "transport": _TEXT}),
     "routing": _object({"rows": _COUNT, "experts_used": _COUNT, "busiest_expert": _NUMBER, "busiest_rank": _NUMBER}),
@@ -60,6 +60,8 @@ RUN_SCHEMA: dict[str, Any] = _object({
                       "share_of_speed_quartiles": _QUARTILES}),
     "elapsed_seconds": _NUMBER,
 }, latency_with_router=_LATENCY, link=_object({"bytes": _COUNT, "gb_s": _NUMBER, "seconds": _NUMBER}),
+   bytes=_object({"weights": _COUNT, "x": _COUNT, "y": _COUNT, "between": _COUNT,
+                  "sent": {"type": ["integer", "null"], "minimum": 0}}),
    timeline=_object({"seconds": _NUMBER, "workers": _COUNT, "utilization": _NUMBER, "tiles": _NUMBER,
                      "exposed": _NUMBER, "tail": _NUMBER, "lost_events": _COUNT}))  # fmt: skip
 
@@ -91,7 +93,7 @@ class Record:
 
     @property
     def order(self) -> tuple:
-        return (self.ranks, ("fp32", "bf16", "fp16").index(self.dtype), self.tokens, self.layer)
+        return (self.ranks, _DTYPES.index(self.dtype), self.tokens, self.layer)
 
     def compared(self, name: str) -> dict[str, Any] | None:
         """What the run says of one baseline; None if that took no part."""
@@ -99,8 +101,8 @@ class Record:
 
     def rival(self) -> dict[str, Any] | None:
         """The fastest of what one would use instead."""
-        names = [f"hf-{name}" for name in HUGGING_FACE] + list(PIPELINES)
-        return min(filter(None, map(self.compared, names)), key=lambda one: one["p50"], default=None)
+        timed = [one for one in self.data["baselines"] if "ratio" in one and is_rival(one["name"])]
+        return min(timed, key=lambda one: one["p50"], default=None)
 
     def one_process(self) -> dict[str, Any] | None:
         """The same tokens and threads in one process, if the run had several."""

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-from .baselines import ONE_PROCESS
+from .baselines import is_rival
 from .contention import is_contended
 
 
 def milliseconds(seconds: float) -> str:
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.1f} µs"
     return f"{seconds * 1e3:.2f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
@@ -125,7 +127,8 @@ def comparison(baselines: list[dict[str, Any]]) -> str:
         low, high = one["ratio_quartiles"]
         rows.append([
             one["name"], milliseconds(one["p50"]), milliseconds(one["p95"]), str(one["samples"]),
-            f"{one['gflops']:.1f}", f"{one['relative_error']:.1e}", f"{one['ratio']:.2f} x ({low:.2f} to {high:.2f})",
+            f"{one['gflops']:.1f}", f"{one['relative_error']:.1e}" if "relative_error" in one else "–",
+            f"{one['ratio']:.2f} x ({low:.2f} to {high:.2f})",
         ])  # fmt: skip
     return "\n".join(([table(rows)] if len(rows) > 1 else []) + skipped)
 
@@ -134,7 +137,7 @@ def verdict(record: dict[str, Any]) -> str:
     """The last line of a run that went well."""
     shape, run, error = record["shape"], record["run"], record["error"]
     name = shape["name"] + (f"/{shape['scale']}" if shape["scale"] > 1 else "")
-    timed = [one for one in record["baselines"] if "ratio" in one and one["name"] != ONE_PROCESS]
+    timed = [one for one in record["baselines"] if "ratio" in one and is_rival(one["name"])]
     fastest = min(timed, key=lambda one: one["p50"], default=None)
     against = f", {fastest['ratio']:.2f} x the speed of {fastest['name']}" if fastest else ""
     return (

@@ -16,7 +16,7 @@ from ._C import available_memory
 from .info import machine, versions
 from .launch import launch
 from .models import LayerShape
-from .run_options import DTYPES, RunOptions
+from .run_options import RunOptions
 from .run_rank import run_rank
 from .settings import Settings, settings_of_environment
 
@@ -54,7 +54,7 @@ def run(options: RunOptions, json_file: str | None, command: list[str]) -> int:
 def new_record(options: RunOptions, command: list[str]) -> dict[str, Any]:
     """What is known before anything is measured."""
     asked = ("ranks", "tokens", "dtype", "input", "threads", "seed", "iterations", "warmup", "seconds", "remote_only",
-             "skew", "capacity_factor", "inputs", "device")  # fmt: skip
+             "skew", "capacity_factor", "inputs", "device", "graph")  # fmt: skip
     return {
         "schema": 1,
         "ok": False,
@@ -62,7 +62,7 @@ def new_record(options: RunOptions, command: list[str]) -> dict[str, Any]:
         "command": command,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
-        "machine": machine() | ({"gpu": torch.cuda.get_device_name()} if options.device == "cuda" else {}),
+        "machine": machine() | (_gpu() if options.device == "cuda" else {}),
         "shape": dataclasses.asdict(options.shape),
         "run": {name: getattr(options, name) for name in asked} | {"transport": _transport(options)},
     }
@@ -97,7 +97,7 @@ def failure_of(error: dict[str, Any]) -> str | None:
 
 def bytes_needed(options: RunOptions, shape: LayerShape) -> int:
     """About how much memory the run takes on this machine: weights, symmetric memory, rows and the processes."""
-    itemsize, tokens = DTYPES[options.dtype].itemsize, options.tokens
+    itemsize, tokens = options.torch_dtype.itemsize, options.tokens
     # Rank 0 also holds the experts of the others, for the reference and for the run in one process.
     copies = 2 - 1 / options.ranks
     weights = int(copies * shape.num_experts * shape.expert_elements * itemsize)
@@ -135,7 +135,7 @@ def arena_sizes(options: RunOptions, shape: LayerShape) -> dict[str, int]:
     """Arguments of ``flashmoe.distributed.init`` that fit this layer exactly."""
     return {
         "max_tokens": options.tokens,
-        "max_wire_bytes": shape.hidden_size * DTYPES[options.dtype].itemsize,
+        "max_wire_bytes": shape.hidden_size * options.torch_dtype.itemsize,
         "max_top_k": shape.top_k,
         "max_experts": shape.num_experts,
         "max_groups": 1,
@@ -149,6 +149,10 @@ def _measure(options: RunOptions) -> dict[str, Any]:
         **arena_sizes(options, options.shape), "num_workers": options.threads, "remote_only": options.remote_only
     }  # fmt: skip
     return launch(run_rank, options.ranks, options, init_kwargs=init_kwargs)[0]
+
+
+def _gpu() -> dict[str, Any]:
+    return {"gpu": torch.cuda.get_device_name(), "gpu_l2_bytes": torch.cuda.get_device_properties().L2_cache_size}
 
 
 def _transport(options: RunOptions) -> str:

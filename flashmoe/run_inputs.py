@@ -10,7 +10,7 @@ from .activations import random_activations, text_activations
 from .measure import Ranks
 from .module import MoE
 from .routing import Routing
-from .run_options import DTYPES, RunOptions
+from .run_options import RunOptions
 from .skew import skewed, with_capacity
 
 
@@ -19,7 +19,7 @@ def draw(options: RunOptions, ranks: Ranks, layer: MoE, number: int) -> tuple[to
     activations = text_activations if options.input == "text" else random_activations
     stretch = ranks.rank + number * ranks.size
     x = activations(options.tokens, options.shape.hidden_size, rank=stretch, seed=options.seed)
-    x = x.to(layer.down_proj.device, DTYPES[options.dtype])
+    x = x.to(layer.down_proj.device, options.torch_dtype)
     routing = skewed(layer.router(x), options.skew, options.seed + stretch)
     if options.capacity_factor is not None:
         routing = with_capacity(routing, options.capacity_factor)

@@ -7,6 +7,8 @@ import torch
 from .models import LayerShape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# On GPUs also float32 whose products are made in tf32.
+GPU_DTYPES = DTYPES | {"tf32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,7 @@ class RunOptions:
 
     ``skew`` and ``capacity_factor`` are of skew.py; with ``inputs`` above 1 as many inputs take turns, so that a call
     does not find its rows in a cache. ``trace`` is a file for the timeline of one more call. ``device`` is
-    cpu or cuda: the GPU of each rank.
+    cpu or cuda: the GPU of each rank; with ``graph`` calls are replayed from a CUDA graph.
     """
 
     shape: LayerShape
@@ -37,6 +39,11 @@ class RunOptions:
     inputs: int = 1
     trace: str | None = None
     device: str = "cpu"
+    graph: bool = False
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return GPU_DTYPES[self.dtype]
 
     @property
     def routes(self) -> bool:

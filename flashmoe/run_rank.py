@@ -11,12 +11,16 @@ import torch.distributed as dist
 
 from . import baselines
 from .accuracy import Check, checked_tokens
+from .contenders import enter, prepare
 from .contention import ProcessorTime
-from .measure import Contender, Ranks, gemm, linking, quantile, reading, speedup, spread, take_turns
+from .gpu_timing import gpu_seconds
+from .measure import (
+    Contender, Ranks, gemm, host_seconds, linking, quantile, reading, speedup, spread, take_turns,
+)  # fmt: skip
 from .module import MoE
 from .routing import Routing, make_router
-from .run_inputs import collect, draw, in_turns
-from .run_options import DTYPES, RunOptions
+from .run_inputs import collect, draw
+from .run_options import RunOptions
 from .timeline import Trace, trace
 
 
@@ -31,6 +35,8 @@ def run_rank(options: RunOptions) -> dict[str, Any] | None:
     ranks = Ranks()
     report = partial(say, options) if ranks.rank == 0 else lambda text: None
     torch.set_num_threads(options.threads)
+    if options.device == "cuda":
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if options.dtype == "tf32" else "ieee"
     shape = options.shape
 
     report(f"weights: {shape.num_experts} experts of {shape.expert_elements / 1e6:.2f} M elements")
@@ -38,20 +44,20 @@ def run_rank(options: RunOptions) -> dict[str, Any] | None:
     report(f"activations: {options.tokens} tokens a rank, {options.input}")
     inputs = [draw(options, ranks, layer, number) for number in range(options.inputs)]
     x, routing = inputs[0]
-    y = layer(x, routing)
-    stats = ranks.collect_objects(layer.stats)
+    threads = options.threads
+    ours, y = prepare("flashmoe", [partial(layer, *one) for one in inputs], threads, options.graph)
     repeat = ranks.collect_objects(torch.equal(_bits(y), _bits(layer(x, routing))))
+    stats = ranks.collect_objects(layer.stats)
 
     result: dict[str, Any] = {}
-    check, run_whole = None, None
+    check = None
     everything = [collect(ranks, *one) for one in inputs]
     all_y = ranks.collect(y.float())
     if ranks.rank == 0:
         all_x, all_routing = everything[0]
-        run_whole = in_turns([partial(whole, *one) for one in everything])
         report(f"reference: {checked_tokens(shape, len(all_x))} of {len(all_x)} tokens in float64")
         torch.set_num_threads(options.all_threads)
-        check = Check(shape, whole, all_x, all_routing, options.tokens)
+        check = Check(shape, whole, all_x, all_routing, options.tokens, options.dtype == "tf32")
         result = {
             "routing": _load(options, all_routing),
             "error": check.error_of(all_y) | {"bitwise_repeat": all(repeat)},
@@ -59,31 +65,36 @@ def run_rank(options: RunOptions) -> dict[str, Any] | None:
             "rows_computed": [sum(rank["tokens_per_expert"]) for rank in stats],
         }
 
-    contenders = [Contender("flashmoe", in_turns([partial(layer, *one) for one in inputs]), options.threads)]
+    contenders = [ours]
     if options.routes:
-        contenders.append(Contender("with router", in_turns([partial(layer, x) for x, _ in inputs]), options.threads))
+        contenders.append(prepare("with router", [partial(layer, x) for x, _ in inputs], threads, options.graph)[0])
     rates = gemm(options.all_threads, options.device, x.dtype), reading(options.all_threads, options.device)
     pure, amounts = zip(*rates, strict=True)
-    for contender in pure:  # one rank measures what the machine does with the threads of all
-        contender.call = contender.call if ranks.rank == 0 else None
+    for one in pure:  # one rank measures what the machine does with the threads of all
+        one.call = one.call if ranks.rank == 0 else None
     contenders.extend(pure)
-    link, sent = linking(options.threads, options.device, ranks) if options.ranks > 1 else (None, 0)
+    link, sent = linking(threads, options.device, ranks) if options.ranks > 1 else (None, 0)
     if link is not None and baselines.can_exchange(options.device):
         contenders.append(link)
+    weights = layer.gate_up_proj.detach(), layer.down_proj.detach()
+    problem = baselines.Problem(shape, inputs, *weights, options.experts_per_rank)
     results = []
     for name in options.baselines:
         report(f"baseline: {name}")
-        contender, answer = _enter_baseline(name, options, ranks, layer, run_whole, inputs)
-        if contender is None:
-            results.append({"name": name, "skipped": answer})
-            continue
-        results.append({"name": name, "relative_error": check.error_of(answer)["relative"] if check else None})
-        contenders.append(contender)
+        if name == baselines.ONE_PROCESS:
+            entered, said = _one_process(options, whole, everything, check)
+        else:
+            entered, said = enter(name, problem, ranks, check, threads, options.graph)
+        results.append(said)
+        if entered is not None:
+            contenders.append(entered)
 
     report("timing: " + ", ".join(contender.name for contender in contenders))
     processors = ProcessorTime()
-    take_turns(contenders, ranks, options.iterations, options.warmup, options.seconds, report)
-    timeline = _trace(options, ranks, contenders[0]) if options.trace else None
+    # A GPU's own events know nothing of other ranks.
+    clock = gpu_seconds if options.device == "cuda" and ranks.size == 1 else host_seconds
+    take_turns(contenders, ranks, options.iterations, options.warmup, options.seconds, report, clock)
+    timeline = _trace(options, ranks, ours) if options.trace else None
     processor_seconds = ranks.collect_objects(processors.mine())
     cores = processors.shares(sum(processor_seconds)) if ranks.rank == 0 else None
     if ranks.rank:
@@ -93,7 +104,7 @@ def run_rank(options: RunOptions) -> dict[str, Any] | None:
     for entry in results:
         if entry["name"] in timed:
             other = timed[entry["name"]]
-            entry |= _speed(other, flops) | speedup(contenders[0], other)
+            entry |= _speed(other, flops) | speedup(ours, other)
     result |= {
         "rates": {
             "threads": options.all_threads,
@@ -101,7 +112,7 @@ def run_rank(options: RunOptions) -> dict[str, Any] | None:
             "read_gb_s": amounts[1] / spread(pure[1].samples)["p50"] / 1e9,
         },
         "cores_while_timing": cores,
-        "latency": _speed(contenders[0], flops),
+        "latency": _speed(ours, flops),
         "baselines": results,
         "flops": flops,
     }
@@ -113,8 +124,9 @@ def run_rank(options: RunOptions) -> dict[str, Any] | None:
         result["latency_with_router"] = _speed(contenders[1], flops)
     if link is not None and link.samples and all(result["bytes_per_peer"]):
         result["link"] = _link(result["bytes_per_peer"], sent / spread(link.samples)["p50"])
-    touched = result["routing"]["experts_used"] * shape.expert_elements * DTYPES[options.dtype].itemsize
-    return result | _floor(contenders[0], *pure, flops / amounts[0], touched, touched / amounts[1])
+    result["bytes"] = _bytes(options, result["routing"], result["bytes_per_peer"])
+    touched = result["bytes"]["weights"]
+    return result | _floor(ours, *pure, flops / amounts[0], touched, touched / amounts[1])
 
 
 def _trace(options: RunOptions, ranks: Ranks, ours: Contender) -> Trace | None:
@@ -132,7 +144,7 @@ def _build(options: RunOptions, ranks: Ranks) -> tuple[MoE, MoE | None]:
     """This rank's layer and, on rank 0, the same layer with all experts; they share weights."""
     shape, group, owner = options.shape, None, None
     sizes = (shape.hidden_size, shape.intermediate_size, shape.num_experts, shape.top_k)
-    common = {"activation": shape.activation, "gated": shape.gated, "dtype": DTYPES[options.dtype]}
+    common = {"activation": shape.activation, "gated": shape.gated, "dtype": options.torch_dtype}
     common["device"] = options.device
     torch.manual_seed(options.seed)
     router = make_router(shape.router, shape.hidden_size, shape.num_experts, shape.top_k, **shape.router_options)
@@ -155,29 +167,15 @@ def _build(options: RunOptions, ranks: Ranks) -> tuple[MoE, MoE | None]:
     return layer, whole
 
 
-def _enter_baseline(
-    name: str, options: RunOptions, ranks: Ranks, layer: MoE, run_whole: Any, inputs: list[tuple[torch.Tensor, Routing]]
-) -> tuple[Contender | None, Any]:
-    """A contender and, on rank 0, its result for the first input's tokens in float32; or None and why there is none."""
-    shape, weights = options.shape, (layer.gate_up_proj, layer.down_proj)
-    if name == baselines.ONE_PROCESS:
-        contender = Contender(name, run_whole, options.all_threads)
-        # Once round, so that the answer is the first input's, and so is the next call.
-        answers = [run_whole() for _ in inputs] if run_whole else [None]
-        return contender, answers[0].float() if run_whole else None
-    if name in baselines.PIPELINES:
-        try:
-            calls = [baselines.pipeline(name, shape, *one, *weights, options.experts_per_rank) for one in inputs]
-        except baselines.Skipped as reason:
-            return None, str(reason)
-        return Contender(name, in_turns(calls), options.threads), ranks.collect(calls[0]().float())
-    try:
-        calls = [baselines.hugging_face(name.removeprefix("hf-"), shape, *one, *weights) for one in inputs]
-        return Contender(name, in_turns(calls), options.threads), calls[0]().float()
-    except baselines.Skipped as reason:
-        return None, str(reason)
-    except Exception as error:  # another's code, which need not support every shape and dtype
-        return None, f"it raised {error!r}"
+def _one_process(
+    options: RunOptions, whole: MoE | None, everything: list[Any], check: Check | None
+) -> tuple[Contender, dict[str, Any]]:
+    """The same tokens by the layer with all experts on rank 0, with the threads of all."""
+    if check is None:
+        return Contender(baselines.ONE_PROCESS, None, options.all_threads), {}
+    calls = [partial(whole, *one) for one in everything]
+    entered, y = prepare(baselines.ONE_PROCESS, calls, options.all_threads, options.graph)
+    return entered, {"name": entered.name, "relative_error": check.error_of(y.float())["relative"]}
 
 
 def _speed(contender: Contender, flops: int) -> dict[str, Any]:
@@ -194,6 +192,20 @@ def _load(options: RunOptions, routing: Routing) -> dict[str, Any]:
         "experts_used": int((experts > 0).sum()),
         "busiest_expert": float(experts.max() / experts.double().mean()),
         "busiest_rank": float(ranks.max() / ranks.double().mean()),
+    }
+
+
+def _bytes(options: RunOptions, load: dict[str, Any], bytes_per_peer: list[Any]) -> dict[str, int | None]:
+    """What a call of all ranks moves at least: each touched expert's weights, x and y once; the rows between the two
+    products, which need not leave a cache; and what was sent to other ranks, None where that is not counted."""
+    shape, itemsize = options.shape, options.torch_dtype.itemsize
+    rows = options.ranks * options.tokens * shape.hidden_size * itemsize
+    return {
+        "weights": load["experts_used"] * shape.expert_elements * itemsize,
+        "x": rows,
+        "y": rows,
+        "between": load["rows"] * shape.intermediate_size * itemsize,
+        "sent": sum(sum(map(sum, rank.values())) for rank in bytes_per_peer) if all(bytes_per_peer) else None,
     }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashmoe import measure, run
+from flashmoe import bench_cli, bench_layer, cuda_teams, measure, run
 from flashmoe.cli import main
 from flashmoe.records import read_records
 from flashmoe.routing import Routing
@@ -72,8 +72,8 @@ def test_every_combination_is_checked_and_recorded(capsys, tmp_path, monkeypatch
     records = read_records(tmp_path)
     assert len(records) == 8 and len({record.name for record in records}) == 8
     for record in records:
-        rivals = {one["name"]: one["relative_error"] for one in record.data["baselines"]}
-        assert set(rivals) == {"hf-eager", "hf-grouped_mm", "hf-batched_mm"}
+        rivals = {one["name"]: one.get("relative_error", 0.0) for one in record.data["baselines"]}
+        assert set(rivals) == {"hf-eager", "hf-grouped_mm", "hf-batched_mm", "chain", "ceiling"}
         # Another's experts on the same tokens, to the reference as near as ours.
         assert max(rivals.values()) < (1e-5 if record.dtype == "fp32" else 0.05)
         assert record.data["run"]["inputs"] == 2
@@ -99,9 +99,9 @@ def test_torchrun_with_the_papers_capacity(tmp_path):
         assert record.data["flops"] == 4 * 2 * tokens * 2 * (2048 // 64) ** 2  # uniform: nothing exceeds its share
         assert record.data["link"]["bytes"] > 0
         assert {one["name"] for one in record.data["baselines"]} == {
-            "pipeline-grouped_mm", "pipeline-loop", "one-process"
+            "pipeline-grouped_mm", "pipeline-loop", "one-process", "ceiling"
         }  # fmt: skip
-        assert all(one["relative_error"] < 1e-5 for one in record.data["baselines"])
+        assert all(one.get("relative_error", 0.0) < 1e-5 for one in record.data["baselines"])
 
 
 def test_dropped_entries_are_dropped_by_the_pipeline_too(tmp_path):
@@ -136,3 +136,53 @@ def test_failing_configuration_costs_only_itself(tmp_path, capsys, monkeypatch):
     assert code == 1 and "FAILED deepseek-v3-4.w1.t8.fp32: NotEnoughMemory: not enough memory" in output
     assert json.loads((tmp_path / "flashmoe-paper-4.w1.t8.fp32.json").read_text())["ok"]
     assert not json.loads((tmp_path / "deepseek-v3-4.w1.t8.fp32.json").read_text())["ok"]
+
+
+def test_configurations_come_in_the_order_of_the_lists_all_models_first(monkeypatch):
+    seen = []
+    monkeypatch.setattr(bench_cli, "bench", lambda wanted, *_: seen.extend(wanted) or 0)
+    main(["bench", "layer", "--models", "qwen3-30b-a3b", "mixtral-8x7b", "--tokens", "64", "1", "--ranks", "1",
+          "--dtypes", "bf16", "--experts", "16"])  # fmt: skip
+    order = [(one.tokens, one.shape.name) for one in seen]
+    assert order == [(64, "qwen3-30b-a3b-e16"), (64, "mixtral-8x7b-e16"), (1, "qwen3-30b-a3b-e16"), (1, "mixtral-8x7b-e16")]
+    assert {one.shape.num_experts for one in seen} == {16}
+    assert seen[0].baselines == ("hf-eager", "hf-grouped_mm", "hf-batched_mm", "chain", "ceiling")
+
+
+def test_no_configuration_begins_after_the_time(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(measure, "_GEMM_SIZE", 256)
+    code = main([
+        "bench", "layer", *QUICK, "--models", "flashmoe-paper", "--scale", "64", "--tokens", "8", "16", "--ranks", "1",
+        "--dtypes", "fp32", "--baselines", "none", "--seconds-total", "0.1", "--experts", "128", "--out", str(tmp_path),
+    ])  # fmt: skip
+    output = capsys.readouterr().out
+    assert code == 0 and output.rstrip().endswith("OK 1 configurations"), output
+    assert "after 0.1 s not begun: flashmoe-paper-e128-64.w1.t16.fp32" in output
+    (record,) = read_records(tmp_path)
+    assert record.data["shape"]["num_experts"] == 128 and record.tokens == 8
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--device", "cuda"], "argument --device: this build has no CUDA half, or no GPU is here"),
+    (["--graph"], "argument --graph: needs --device cuda and --ranks 1, got cpu and [1, 2]"),
+    (["--graph", "--device", "cuda", "--ranks", "2"], "needs --device cuda and --ranks 1, got cuda and [2]"),
+    (["--dtypes", "tf32"], "argument --dtypes: tf32 needs --device cuda"),
+    (["--experts", "1"], "argument --experts: experts must be at least 8, a token's of qwen3-30b-a3b, got 1"),
+])  # fmt: skip
+def test_what_cannot_be_measured_here_is_told_before_anything_is(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(cuda_teams, "has_cuda", lambda: False)
+    with pytest.raises(SystemExit) as exit:
+        main(["bench", "layer", *arguments])
+    assert exit.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_on_gpus_the_papers_comparison_is_in_tf32_and_bf16(monkeypatch):
+    seen = []
+    monkeypatch.setattr(cuda_teams, "has_cuda", lambda: True)
+    monkeypatch.setattr(bench_cli, "bench", lambda wanted, *_: seen.extend(wanted) or 0)
+    main(["bench", "layer", "--paper", "--device", "cuda", "--tokens", "8192", "--graph"])
+    assert [(one.dtype, one.ranks, one.torch_dtype) for one in seen] == [
+        ("tf32", 1, torch.float32), ("bf16", 1, torch.bfloat16)
+    ]  # fmt: skip
+    assert all(one.graph and one.capacity_factor == 1.0 and "virtual-8" in one.baselines for one in seen)
+    assert bench_layer.name_of(seen[0]) == "flashmoe-paper.w1.t8192.tf32.uniform.capacity1.graph"

@@ -1,0 +1,42 @@
+"""Dense products with as many FLOPs, by BLAS or cuBLAS: what the layer would take if it were only that."""
+
+import time
+
+import torch
+
+from .problem import Call, Problem
+
+
+def make(problem: Problem) -> list[Call]:
+    """Two products with this rank's kept entries for rows, as if all had one expert. They compute nothing to check.
+
+    On a CPU they are of the dtype or of float32, whichever is faster there: not every BLAS is good at 16 bits.
+    """
+    rows = sum(problem.kept(routing) for _, routing in problem.inputs) // len(problem.inputs)
+    products = [_products(problem, rows, problem.dtype)]
+    if problem.device.type == "cpu" and problem.dtype != torch.float32:
+        products.append(_products(problem, rows, torch.float32))
+    return [min(products, key=_seconds) if len(products) > 1 else products[0]]
+
+
+def _products(problem: Problem, rows: int, dtype: torch.dtype) -> Call:
+    def drawn(height: int, width: int) -> torch.Tensor:
+        return torch.randn(height, width, device=problem.device, dtype=dtype)
+
+    shape = problem.shape
+    x, up = drawn(rows, shape.hidden_size), drawn(shape.up_rows, shape.hidden_size)
+    hidden, down = drawn(rows, shape.intermediate_size), drawn(shape.hidden_size, shape.intermediate_size)
+    wide, y = drawn(rows, shape.up_rows), drawn(rows, shape.hidden_size)
+
+    def call() -> torch.Tensor:
+        torch.mm(x, up.T, out=wide)
+        return torch.mm(hidden, down.T, out=y)
+
+    return call
+
+
+def _seconds(call: Call) -> float:
+    call()
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
