@@ -68,6 +68,9 @@ def bench(wanted: list[RunOptions], out: Path | None, command: list[str], second
         if not speaks:
             continue
         if record["failure"] is None:
+            latency, floor = record["latency"], record["floor"]
+            print(f"flashmoe  p50 {milliseconds(latency['p50'])}, {latency['gflops']:.1f} GFLOP/s, "
+                  f"{percent(floor['share_of_speed'])} of the floor's speed ({milliseconds(floor['seconds'])})")  # fmt: skip
             print(comparison(record["baselines"]), flush=True)
             rows.append(_line(Record(name, record), options.skew))
         else:

@@ -60,6 +60,7 @@ RUN_SCHEMA: dict[str, Any] = _object({
                       "share_of_speed_quartiles": _QUARTILES}),
     "elapsed_seconds": _NUMBER,
 }, latency_with_router=_LATENCY, link=_object({"bytes": _COUNT, "gb_s": _NUMBER, "seconds": _NUMBER}),
+   clock=_TEXT,
    bytes=_object({"weights": _COUNT, "x": _COUNT, "y": _COUNT, "between": _COUNT,
                   "sent": {"type": ["integer", "null"], "minimum": 0}}),
    timeline=_object({"seconds": _NUMBER, "workers": _COUNT, "utilization": _NUMBER, "tiles": _NUMBER,

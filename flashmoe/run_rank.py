@@ -65,9 +65,15 @@ def run_rank(options: RunOptions) -> dict[str, Any] | None:
             "rows_computed": [sum(rank["tokens_per_expert"]) for rank in stats],
         }
 
-    contenders = [ours]
+    contenders, routed = [ours], None
     if options.routes:
-        contenders.append(prepare("with router", [partial(layer, x) for x, _ in inputs], threads, options.graph)[0])
+        try:
+            routed = prepare("with router", [partial(layer, x) for x, _ in inputs], threads, options.graph)[0]
+            contenders.append(routed)
+        except RuntimeError as error:
+            if not options.graph:
+                raise
+            report(f"the router cannot be captured: {error}")  # not every router can, the layer behind it must
     rates = gemm(options.all_threads, options.device, x.dtype), reading(options.all_threads, options.device)
     pure, amounts = zip(*rates, strict=True)
     for one in pure:  # one rank measures what the machine does with the threads of all
@@ -111,6 +117,7 @@ def run_rank(options: RunOptions) -> dict[str, Any] | None:
             "gemm_gflops": amounts[0] / spread(pure[0].samples)["p50"] / 1e9,
             "read_gb_s": amounts[1] / spread(pure[1].samples)["p50"] / 1e9,
         },
+        "clock": "GPU events" if clock is gpu_seconds else "host",
         "cores_while_timing": cores,
         "latency": _speed(ours, flops),
         "baselines": results,
@@ -120,8 +127,8 @@ def run_rank(options: RunOptions) -> dict[str, Any] | None:
         result["timeline"] = timeline.summary()
         timeline.save(options.trace)
         timeline.draw(Path(options.trace).with_suffix(".png"))
-    if options.routes:
-        result["latency_with_router"] = _speed(contenders[1], flops)
+    if routed is not None:
+        result["latency_with_router"] = _speed(routed, flops)
     if link is not None and link.samples and all(result["bytes_per_peer"]):
         result["link"] = _link(result["bytes_per_peer"], sent / spread(link.samples)["p50"])
     result["bytes"] = _bytes(options, result["routing"], result["bytes_per_peer"])

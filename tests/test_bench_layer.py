@@ -76,7 +76,7 @@ def test_every_combination_is_checked_and_recorded(capsys, tmp_path, monkeypatch
         assert set(rivals) == {"hf-eager", "hf-grouped_mm", "hf-batched_mm", "chain", "ceiling"}
         # Another's experts on the same tokens, to the reference as near as ours.
         assert max(rivals.values()) < (1e-5 if record.dtype == "fp32" else 0.05)
-        assert record.data["run"]["inputs"] == 2
+        assert record.data["run"]["inputs"] == 2 and record.data["clock"] == "host"
     hot = next(record for record in records if record.name == "mixtral-8x7b-64.w1.t40.fp32.hot")
     assert hot.data["routing"]["busiest_expert"] > 1.7 and "latency_with_router" not in hot.data
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "page")]) == 0
