@@ -25,7 +25,8 @@ class Check:
     error is the largest of them. Its bound: a sum of n products in float32 errs like a random walk of n steps of
     u = 2^-24 (Higham and Mary 2019), so the two products contribute u (sqrt(H) + sqrt(I)); up to three times a value
     is rounded to the dtype (inside the expert, on its way back, in y), by 2^-8 in bfloat16 and 2^-11 in float16, or in
-    tf32 all factors lose what ten bits do not hold, up to 2^-10; and the k rows that are summed may partly cancel, which leaves a norm that is smaller by up to about sqrt(k).
+    tf32 all factors lose what ten bits do not hold, up to 2^-10; and the k rows that are summed may partly cancel,
+    which leaves a norm that is smaller by up to about sqrt(k).
     """
 
     def __init__(

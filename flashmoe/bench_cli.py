@@ -47,7 +47,8 @@ def _add_layer(commands: argparse._SubParsersAction) -> None:
     add("--ranks", nargs="+", type=positive, default=None, metavar="W",
         help="processes on this host (default: 1 2; under torchrun its world's size)")
     add("--dtypes", nargs="+", choices=list(GPU_DTYPES), metavar="D",
-        help=f"{', '.join(GPU_DTYPES)}, the last on GPUs (default: fp32 bf16; with --device cuda bf16, and with --paper tf32)")
+        help=f"{', '.join(GPU_DTYPES)}, the last on GPUs (default: fp32 bf16; with --device cuda bf16, and tf32 with "
+             "--paper)")
     add("--skews", nargs="+", choices=SKEWS, default=["router"], metavar="S",
         help=f"where tokens go: {', '.join(SKEWS)} (default: router)")
     add("--capacity-factor", type=seconds, metavar="F",

@@ -68,9 +68,9 @@ def bench(wanted: list[RunOptions], out: Path | None, command: list[str], second
         if not speaks:
             continue
         if record["failure"] is None:
-            latency, floor = record["latency"], record["floor"]
-            print(f"flashmoe  p50 {milliseconds(latency['p50'])}, {latency['gflops']:.1f} GFLOP/s, "
-                  f"{percent(floor['share_of_speed'])} of the floor's speed ({milliseconds(floor['seconds'])})")  # fmt: skip
+            ours, floor = record["latency"], record["floor"]
+            share = f"{percent(floor['share_of_speed'])} of the floor's speed ({milliseconds(floor['seconds'])})"
+            print(f"flashmoe  p50 {milliseconds(ours['p50'])}, {ours['gflops']:.1f} GFLOP/s, {share}")
             print(comparison(record["baselines"]), flush=True)
             rows.append(_line(Record(name, record), options.skew))
         else:
@@ -163,7 +163,8 @@ def _line(record: Record, skew: str) -> tuple[str, ...]:
     return (
         record.layer, record.dtype, str(record.tokens), str(record.ranks), skew, milliseconds(latency["p50"]),
         f"{milliseconds(low)} – {milliseconds(high)}", f"{latency['gflops']:.1f}",
-        percent(floor["compute_seconds"] / latency["p50"]), percent(floor["read_seconds"] / latency["p50"]) + "*" * _in_cache(data),
+        percent(floor["compute_seconds"] / latency["p50"]),
+        percent(floor["read_seconds"] / latency["p50"]) + "*" * _in_cache(data),
         percent(link["seconds"] / latency["p50"]) if link else "–", rival["name"] if rival else "–",
         "{:.2f} × ({:.2f} – {:.2f})".format(rival["ratio"], *rival["ratio_quartiles"]) if rival else "–",
     )  # fmt: skip

@@ -62,4 +62,4 @@ def _wrong(error: dict[str, Any]) -> str | None:
     limit = LENIENCE * error["bound"]
     if error["finite"] and error["relative"] <= limit:
         return None
-    return f"its result is wrong: relative error {error['relative']:.1e}, where {limit:.1e} is the most that rounding gives"
+    return f"its result is wrong: relative error {error['relative']:.1e}, where rounding gives {limit:.1e} at most"

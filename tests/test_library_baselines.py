@@ -77,14 +77,18 @@ def test_deepgemm(on_gpu, install):
             if owner >= 0:  # the kernel computes a block if its first row has an expert
                 out[begin : begin + height] = rows[begin : begin + height] @ weights[owner].T
 
-    install("deep_gemm", get_mk_alignment_for_contiguous_layout=lambda: height, m_grouped_bf16_gemm_nt_contiguous=grouped)
+    align = {"get_mk_alignment_for_contiguous_layout": lambda: height}
+    install("deep_gemm", m_grouped_bf16_gemm_nt_contiguous=grouped, **align)
     for how in ({}, {"gated": False, "activation": "relu"}, {"used": 2}):
         problem = drawn_problem(21, 2, 5, 64, 64, dtype=BF16, **how)
         assert worst_error(problem, results("deepgemm", problem)) < 0.02
 
 
 def test_sonicmoe(on_gpu, install):
-    def layer(x, scores, token, expert, w1, b1, w2, b2, *, E, stream_id, activation_type, is_inference_mode_enabled, concat_layout):
+    def layer(
+        x, scores, token, expert, w1, b1, w2, b2, *, E, stream_id, activation_type, is_inference_mode_enabled,
+        concat_layout,
+    ):  # fmt: skip
         assert concat_layout and is_inference_mode_enabled and stream_id == 7 and b1 is None and b2 is None
         assert token.dtype == expert.dtype == torch.int32 and scores.dtype == torch.float32 and scores.ndim == 1
         assert torch.equal(token, token.sort().values) and w1.shape[2] == w2.shape[2] == E
@@ -104,7 +108,9 @@ def test_sonicmoe(on_gpu, install):
         results("sonicmoe", drawn_problem(6, 2, 4, 32, 16, dtype=BF16, gated=False))
 
 
-@pytest.mark.parametrize(("gated", "activation", "kind"), [(True, "silu", "Swiglu"), (True, "gelu_tanh", "GegluTanh"), (False, "relu", "Relu")])
+@pytest.mark.parametrize(("gated", "activation", "kind"), [
+    (True, "silu", "Swiglu"), (True, "gelu_tanh", "GegluTanh"), (False, "relu", "Relu"),
+])  # fmt: skip
 def test_flashinfer(on_gpu, install, gated, activation, kind):
     tuned = []
 

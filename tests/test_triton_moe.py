@@ -36,7 +36,9 @@ def test_result_is_the_references(name, errors):
     assert errors[name] < (2e-3 if name == "float16" else 1e-6)
 
 
-@pytest.mark.parametrize(("tokens", "top_k", "experts", "height", "multiple"), [(9, 2, 5, 4, 1), (1, 1, 8, 16, 2), (64, 3, 4, 8, 3)])
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts", "height", "multiple"), [(9, 2, 5, 4, 1), (1, 1, 8, 16, 2), (64, 3, 4, 8, 3)]
+)
 def test_blocks_hold_every_pair_once_beside_pairs_of_its_expert(tokens, top_k, experts, height, multiple):
     ids = torch.rand(tokens, experts).topk(top_k).indices
     pair, expert = padded_blocks(ids, experts, height, multiple)

@@ -34,8 +34,10 @@ _BASELINES = {
     **{f"hf-{name}": Baseline(partial(hugging_face.make, name)) for name in hugging_face.IMPLEMENTATIONS},
     "chain": Baseline(chain.make),
     "triton": Baseline(triton_moe.make, on_cpu=False),
-    "pipeline-grouped_mm": Baseline(partial(pipeline.make, pipeline.grouped_mm_ffn), one_rank=False, several_ranks=True),
-    "pipeline-loop": Baseline(partial(pipeline.make, pipeline.loop_ffn), one_rank=False, several_ranks=True),
+    **{
+        f"pipeline-{name}": Baseline(partial(pipeline.make, ffn), one_rank=False, several_ranks=True)
+        for name, ffn in (("grouped_mm", pipeline.grouped_mm_ffn), ("loop", pipeline.loop_ffn))
+    },
     "liger-cute": Baseline(libraries.liger_cute, on_cpu=False),
     "deepgemm": Baseline(libraries.deepgemm, on_cpu=False),
     "sonicmoe": Baseline(libraries.sonicmoe, on_cpu=False),

@@ -1,4 +1,4 @@
-"""Rows in blocks of one expert each, the plan of most grouped kernels: each expert's rows are filled up to whole blocks.
+"""Rows in blocks of one expert each, the plan of most grouped kernels: an expert's rows are filled up to whole blocks.
 
 Nothing here waits for a GPU or depends on its counts, so calls can be captured in CUDA graphs.
 """
