@@ -1,6 +1,7 @@
 """``flashmoe bench micro``: the benchmarks of a checkout's bench/micro, run by pytest in a process of its own."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +16,13 @@ def bench_micro(chosen: str | None, json: Path | None, thorough: bool) -> int:
         print(f"FAILED {trouble}", file=sys.stderr)
         return 2
     root = FOLDER.parents[1]
-    command = [sys.executable, "-m", "pytest", str(FOLDER), "--rootdir", str(root), "--benchmark-quiet", "-q"]
+    # Relative, since the record tells the command and is read on other machines.
+    command = [sys.executable, "-m", "pytest", "bench/micro", "--rootdir=.", "--benchmark-quiet", "-q"]
     if chosen is not None:
         command += ["-k", chosen]
     if json is not None:
         json.parent.mkdir(parents=True, exist_ok=True)
-        command.append(f"--benchmark-json={json.resolve()}")
+        command.append(f"--benchmark-json={os.path.relpath(json, root)}")
     if thorough:
         command.append("--thorough")
     return subprocess.run(command, cwd=root).returncode

@@ -76,14 +76,16 @@ def _parser() -> argparse.ArgumentParser:
     bench_cli.add_commands(commands.add_parser("bench", help="measure many configurations, or predict them"))
 
     report = commands.add_parser(
-        "report", help="figures and a page from records of `flashmoe run --json`",
+        "report", help="figures and a page from the records of `flashmoe run` and `flashmoe bench`",
         description="Draws the records of a folder: figures as SVG and one static HTML page that holds them all.",
     )  # fmt: skip
     report.add_argument("results", nargs="?", default="bench/results", type=Path, metavar="FOLDER",
                         help="of the records (default: bench/results)")  # fmt: skip
     report.add_argument("--out", default="build/report", type=Path, metavar="FOLDER",
                         help="for index.html and the figures (default: build/report)")  # fmt: skip
-    report.add_argument("--readme", type=Path, metavar="FILE", help="write the table between this file's marks anew")
+    report.add_argument("--png", action="store_true", help="write each figure as PNG, too")
+    report.add_argument("--tables", nargs="+", default=[], type=Path, metavar="FILE",
+                        help="write what stands between the marks of these documents anew")  # fmt: skip
     report.set_defaults(command=_report)
 
     info = commands.add_parser("info", help="versions, features of the build, the machine")
@@ -138,7 +140,7 @@ def _chosen(options: argparse.Namespace) -> tuple[str, ...]:
 
 def _report(options: argparse.Namespace, arguments: list[str]) -> int:
     try:
-        for path in write_report(options.results, options.out, options.readme):
+        for path in write_report(options.results, options.out, options.tables, options.png):
             print(path)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"FAILED {error}", file=sys.stderr)

@@ -7,8 +7,9 @@ import pytest
 
 from flashmoe.bench_cli import COMMANDS
 from flashmoe.cli import main
+from flashmoe.schema import check
 from flashmoe.simulation import paper, studies, tables
-from flashmoe.simulation.command import SCHEMA
+from flashmoe.simulation.record import KIND, SCHEMA
 
 RESULTS = Path(__file__).resolve().parent.parent / "bench" / "results"
 
@@ -18,7 +19,8 @@ def test_prints_a_line_for_each_count_and_writes_the_same(capsys, tmp_path):
     assert main(["bench", "scale", "--gpus", "8,16", "--tokens", "64", "--slow", "2", "--json", str(file)]) == 0
     output = capsys.readouterr().out
     record = json.loads(file.read_text())
-    assert record["schema"] == SCHEMA and record["command"][:3] == ["flashmoe", "bench", "scale"]
+    check(file, record, SCHEMA)
+    assert record["schema"] == KIND and record["command"][:3] == ["flashmoe", "bench", "scale"]
     assert [one["gpus"] for one in record["gpus"]] == [8, 16]
     assert "no GPU has run this" in output and "rank 0 x 2" in output
     for one in record["gpus"]:
@@ -38,8 +40,10 @@ def test_a_second_group_of_ranks_doubles_the_tokens_and_takes_as_long(capsys, tm
     assert two["tokens_per_s"] == pytest.approx(2 * one["tokens_per_s"])
 
 
-def test_what_does_not_fit_is_named_and_not_simulated(capsys):
-    assert main(["bench", "scale", "--model", "deepseek-v3", "--gpus", "8", "--tokens", "64", "--layers", "58"]) == 0
+def test_what_does_not_fit_is_named_and_not_simulated(capsys, tmp_path):
+    command = ["bench", "scale", "--model", "deepseek-v3", "--gpus", "8", "--tokens", "64", "--layers", "58"]
+    assert main([*command, "--json", str(tmp_path / "scale.json")]) == 0
+    check(tmp_path, json.loads((tmp_path / "scale.json").read_text()), SCHEMA)
     assert "deepseek-v3, 8 GPUs, 64 tokens: needs 16" in capsys.readouterr().out
 
 
@@ -78,7 +82,10 @@ def committed():
 
 
 def test_committed_record_tells_how_it_was_made(committed):
-    assert committed["schema"] == SCHEMA and committed["versions"]["commit"] and committed["machine"]["processor"]
+    check(RESULTS / "scale.json", committed, SCHEMA)
+    assert committed["versions"]["commit"]
+    # Nothing that a schema of the whole should have and has not.
+    assert set(committed) == set(SCHEMA["properties"])
     assert committed["command"] == [
         "flashmoe",
         "bench",

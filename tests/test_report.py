@@ -1,6 +1,5 @@
-"""flashmoe report: what the records say is what the page, the figures and the README show."""
+"""flashmoe report: what the records say is what the page, the figures and the documents show."""
 
-import copy
 import json
 import re
 from pathlib import Path
@@ -8,27 +7,50 @@ from xml.etree import ElementTree
 
 import pytest
 
+from flashmoe import documents, figures, micro_figures, schema
 from flashmoe.cli import main
-from flashmoe.page import README_BEGIN, README_END, readme_with_table
-from flashmoe.records import markdown_table, read_records
+from flashmoe.documents import with_tables
+from flashmoe.drawing import draw_all
+from flashmoe.layer_tables import runs
+from flashmoe.report import seconds_of
+from flashmoe.results import read_results
+from flashmoe.simulation import figures as scale_figures
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+MARKED = {path: path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+          if "<!-- from bench/results" in path.read_text()}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def records():
-    return read_records(RESULTS)
+def results():
+    return read_results(RESULTS)
 
 
-def test_readme_table_is_drawn_from_the_committed_records(records):
-    text = (ROOT / "README.md").read_text()
-    assert text == readme_with_table(text, records), "run `flashmoe report --readme README.md`"
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """The report of the committed records."""
+    folder = tmp_path_factory.mktemp("report")
+    assert main(["report", str(RESULTS), "--out", str(folder)]) == 0
+    return folder
 
 
-def test_table_tells_what_the_record_holds(records):
-    record = next(r for r in records if r.name == "mixtral-4.w2.t512.fp32")
-    (line,) = markdown_table([record]).splitlines()[2:]
+@pytest.mark.parametrize("path", MARKED, ids=lambda path: path.name)
+def test_documents_say_what_the_committed_records_say(results, path):
+    assert MARKED[path] == with_tables(path, MARKED[path], results), (
+        f"run `flashmoe report --tables {' '.join(str(each.relative_to(ROOT)) for each in MARKED)}`"
+    )
+
+
+def test_every_table_stands_in_a_document():
+    assert {ROOT / "README.md", ROOT / "docs" / "status.md", ROOT / "docs" / "simulation.md"} <= set(MARKED)
+    shown = re.findall(r"<!-- from bench/results: ([\w-]+) -->", "".join(MARKED.values()))
+    assert sorted(shown) == sorted(documents.NAMES)
+
+
+def test_table_tells_what_the_record_holds(results):
+    record = next(one for one in results.runs if one.name == "mixtral-4.w2.t512.fp32")
+    (line,) = runs([record]).splitlines()[2:]
     data = json.loads((RESULTS / "mixtral-4.w2.t512.fp32.json").read_text())
     pipelines = [one for one in data["baselines"] if one["name"].startswith("pipeline-")]
     fastest = min(pipelines, key=lambda one: one["p50"])
@@ -37,52 +59,109 @@ def test_table_tells_what_the_record_holds(records):
     assert f"| {fastest['name']} | {fastest['ratio']:.2f} ×" in line
 
 
-def test_page_holds_every_run_and_every_figure(tmp_path, capsys, records):
-    assert main(["report", str(RESULTS), "--out", str(tmp_path)]) == 0
-    files = capsys.readouterr().out.split()
-    drawn = [Path(name) for name in files if name.endswith(".svg")]
-    assert [path.stem for path in drawn] == ["latency", "throughput", "speedups", "scaling", "memory",
-                                             "scale-validation", "scale-paper", "scale-gpus"]  # fmt: skip
-    for path in drawn:
-        assert ElementTree.parse(path).getroot().tag.endswith("svg")
-    page = (tmp_path / "index.html").read_text()
-    assert page.count("<svg") == len(drawn) and page.count("<summary>") == len(records)
+def test_page_holds_every_record_and_every_figure(drawn, results):
+    names = [name for part in (figures, micro_figures, scale_figures) for name, *_ in part.FIGURES]
+    assert sorted(path.stem for path in drawn.glob("*.svg")) == sorted(names)
+    for name in names:
+        assert ElementTree.parse(drawn / f"{name}.svg").getroot().tag.endswith("svg")
+    page = (drawn / "index.html").read_text()
+    assert page.count("<svg") == len(names) and page.count("<summary>") == len(results.runs) + 2
     identifiers = re.findall(r' id="([^"]+)"', page)
     assert len(identifiers) == len(set(identifiers)), "two figures share a name, so one would show parts of the other"
-    for record in records:
+    for record in results.runs:
         assert f"{record.data['latency']['gflops']:.1f}" in page
+    for one in results.micro.operations:
+        assert f"<td>{one.name}</td><td>{seconds_of(one.median)}</td>" in page
+    for one in results.scale["gpus"]:
+        assert one["model"] in page
     assert "http-equiv" not in page and "<script" not in page
 
 
-def test_figures_are_the_same_whenever_they_are_drawn(tmp_path):
-    for folder in ("first", "second"):
-        assert main(["report", str(RESULTS), "--out", str(tmp_path / folder)]) == 0
-    for path in (tmp_path / "first").iterdir():
-        assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes(), path.name
+def test_figures_are_the_same_whenever_they_are_drawn(drawn, results, tmp_path):
+    quick = [figure for figure in figures.FIGURES if figure[0] in ("scaling", "memory")]
+    for path, _ in draw_all(results.runs, tmp_path, quick, png=True):
+        assert path.read_bytes() == (drawn / path.name).read_bytes(), path.name
+        assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def _without(*path):
+    """A change that takes away what stands there."""
+
+    def change(data):
+        for key in path[:-1]:
+            data = data[key]
+        del data[path[-1]]
+
+    return change
+
+
+def _with(value, *path):
+    def change(data):
+        for key in path[:-1]:
+            data = data[key]
+        data[path[-1]] = value
+
+    return change
+
+
+RUN, MICRO, SCALE = "qwen3.w1.t1.fp32.json", "micro.json", "scale.json"
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("name", "change", "told"),
     [
-        (lambda data: data["machine"].pop("processor"), r"\$\.machine: 'processor' is a required property"),
-        (lambda data: data.update(ok=False), r"\$\.ok: True was expected"),
-        (lambda data: data["latency"].update(p50=0), r"\$\.latency\.p50: 0 is less than or equal to the minimum of 0"),
-        (lambda data: data["baselines"][0].pop("ratio"), r"\$\.baselines\[0\]"),
-        (lambda data: data["run"].update(dtype="fp8"), r"\$\.run\.dtype: 'fp8' is not one of"),
+        (RUN, _without("machine", "processor"), r"\$\.machine: 'processor' is a required property"),
+        (RUN, _with(False, "ok"), r"\$\.ok: True was expected"),
+        (RUN, _with(0, "latency", "p50"), r"\$\.latency\.p50: 0 is less than or equal to the minimum of 0"),
+        (RUN, _without("baselines", 0, "ratio"), r"\$\.baselines\[0\]"),
+        (RUN, _with("fp8", "run", "dtype"), r"\$\.run\.dtype: 'fp8' is not one of"),
+        (MICRO, _without("flashmoe", "versions", "commit"), r"\$\.flashmoe\.versions: 'commit' is a required property"),
+        (MICRO, _with(0, "benchmarks", 3, "stats", "median"), r"\$\.benchmarks\[3\]\.stats\.median: 0 is less"),
+        (MICRO, _with("1 MB/s", "benchmarks", 0, "extra_info", "bytes_per_s"), r"bytes_per_s: '1 MB/s' is not of type"),
+        (MICRO, _with([], "benchmarks"), r"\$\.benchmarks: \[\] should be non-empty"),
+        (SCALE, _without("gpus", 5, "hidden_share"), r"\$\.gpus\[5\]: 'hidden_share' is a required property"),
+        (SCALE, _with(1.2, "uneven", 0, "utilisation"), r"\$\.uneven\[0\]\.utilisation: 1\.2 is greater"),
+        (SCALE, _with("8", "paper", 0, "gpus"), r"\$\.paper\[0\]\.gpus: '8' is not of type 'integer'"),
+        (SCALE, _without("machines", "h100", "near", "staged"), r"\$\.machines\.h100\.near: 'staged' is a required"),
+        (SCALE, _without("validation", "runs", 0, "error"), r"\$\.validation\.runs\[0\]: 'error' is a required"),
     ],
-)
-def test_record_that_breaks_its_schema_is_named(tmp_path, records, change, told, capsys):
-    data = copy.deepcopy(records[0].data)
+)  # fmt: skip
+def test_record_that_breaks_its_schema_is_named(tmp_path, name, change, told, capsys):
+    data = schema.read_json(RESULTS / name)
     change(data)
     (tmp_path / "broken.json").write_text(json.dumps(data))
-    with pytest.raises(ValueError, match=r"broken\.json: " + told):
-        read_records(tmp_path)
+    with pytest.raises(ValueError, match=r"broken\.json: .*" + told):
+        read_results(tmp_path)
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
     assert "broken.json" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_folder_without_records_and_readme_without_marks_are_refused(tmp_path, records):
+def test_other_json_is_left_out_and_named(tmp_path, capsys):
+    (tmp_path / "trace.json").write_text('{"traceEvents": []}')
     with pytest.raises(ValueError, match="holds no record"):
-        read_records(tmp_path)
-    with pytest.raises(ValueError, match="once each"):
-        readme_with_table(f"{README_BEGIN} {README_BEGIN} {README_END}", records)
+        read_results(tmp_path)
+    (tmp_path / RUN).write_text((RESULTS / RUN).read_text())
+    assert [path.name for path in read_results(tmp_path).others] == ["trace.json"]
+    (tmp_path / "half.json").write_text('{"schema": ')
+    with pytest.raises(ValueError, match=r"half\.json is not JSON"):
+        read_results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("no marks", "must have tables between marks in pairs"),
+        ("<!-- from bench/results: runs -->\n", "must have tables between marks in pairs"),
+        ("<!-- from bench/results: runs -->\n<!-- until here --> <!-- until here -->", "must have tables"),
+        ("<!-- from bench/results: walks -->\n<!-- until here -->", "there is no table 'walks', only runs, aims"),
+        ("<!-- from bench/results: fixed-costs -->\n<!-- until here -->", "no record for the table 'fixed-costs'"),
+    ],
+)
+def test_document_that_cannot_be_filled_is_refused_and_left_alone(tmp_path, text, told, capsys):
+    (tmp_path / RUN).write_text((RESULTS / RUN).read_text())
+    document = tmp_path / "page.md"
+    document.write_text(text)
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "out"), "--tables", str(document)]) == 1
+    error = capsys.readouterr().err
+    assert told in error and "page.md" in error
+    assert document.read_text() == text and not (tmp_path / "out").exists()

@@ -13,7 +13,7 @@ def ends(request, micro):
 
 
 @pytest.mark.parametrize("memory", ["cold", "warm"])
-@pytest.mark.sizes("size", [4 << 10, 256 << 10], [64, 1 << 10, 16 << 10, 64 << 10, 1 << 20, 4 << 20])
+@pytest.mark.sizes("size", [64, 1 << 10, 4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20], [4 << 20])
 def test_put(ends, measure, size, memory):
     """Bandwidth: one rank puts, nobody reads. The rehearsal sleeps now and then, as it is meant to."""
     cold = memory == "cold"
@@ -22,7 +22,7 @@ def test_put(ends, measure, size, memory):
     measure(lambda n: ends.put(size, cold, n), bytes=size)
 
 
-@pytest.mark.sizes("size", [0, 8 << 10], [64, 1 << 10, 64 << 10, 512 << 10])
+@pytest.mark.sizes("size", [0, 64, 1 << 10, 8 << 10, 64 << 10], [512 << 10])
 def test_signal(ends, measure, size):
     """Latency: half of there and back, of a signal alone or with its payload. The primitive checks each payload."""
     measure(lambda n: ends.ping_pong(size, n), bytes=size)

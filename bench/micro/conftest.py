@@ -13,7 +13,8 @@ import build_primitives
 import pytest
 import torch
 
-from flashmoe import info
+from flashmoe import info, micro_record
+from flashmoe.report import seconds_of
 
 ROUND_S = 0.01  # about how long each of a benchmark's rounds lasts
 ROUNDS = 15
@@ -108,7 +109,7 @@ def measure(benchmark, request) -> Callable[..., float]:
 
 
 def _line(median: float, low: float, high: float, rates: dict[str, float]) -> str:
-    text = f"{_time(median):>8}  ({_time(low)} – {_time(high)})"
+    text = f"{seconds_of(median):>8}  ({seconds_of(low)} – {seconds_of(high)})"
     units = {"bytes_per_s": "B/s", "flops_per_s": "FLOP/s", "items_per_s": "/s"}
     return f"{text:<34}" + "  ".join(f"{_rate(rate)}{units[name]}" for name, rate in rates.items() if rate)
 
@@ -116,13 +117,6 @@ def _line(median: float, low: float, high: float, rates: dict[str, float]) -> st
 def _rate(per_second: float) -> str:
     factor, prefix = next(pair for pair in ((1e9, "G"), (1e6, "M"), (1e3, "k"), (0, "")) if per_second >= pair[0])
     return f"{per_second / (factor or 1):8.2f} {prefix}"
-
-
-def _time(seconds: float) -> str:
-    for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "us")):
-        if seconds * factor >= 1:
-            return f"{seconds * factor:.3g} {unit}"
-    return f"{seconds * 1e9:.3g} ns"
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -135,7 +129,14 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(config, benchmarks, output_json):
+    """As flashmoe.micro_record has it: with what it was measured on; pytest-benchmark can compare it still."""
+    output_json["schema"] = micro_record.KIND
     output_json["flashmoe"] = {
         "versions": info.versions(), "machine": info.machine(), "torch_threads": torch.get_num_threads(),
-        "command": sys.argv, "thorough": config.getoption("thorough"),
+        "command": ["pytest", *sys.argv[1:]], "thorough": config.getoption("thorough"),
     }  # fmt: skip
+    output_json.update(machine_info={}, commit_info={})  # which pytest-benchmark's own comparison asks for
+    for one in output_json["benchmarks"]:
+        del one["options"], one["param"]
+        for every_round_or_unused in ("data", "ld15iqr", "hd15iqr", "iqr_outliers", "stddev_outliers", "total"):
+            del one["stats"][every_round_or_unused]

@@ -15,6 +15,7 @@ from ..models import SHAPES
 from ..records import read_records
 from . import paper, studies, tables, validation
 from .machine import GPUS
+from .record import KIND
 from .scenario import Scenario
 from .workload import Skew
 
@@ -24,7 +25,6 @@ DESCRIPTION = (
     "machine that is described by its data sheet. No GPU has run this: the numbers are predictions. The same "
     "simulation of a host is held against measured runs by --study validation."
 )
-SCHEMA = "scale-1"
 _STUDIES = ("gpus", "paper", "validation", "all")
 
 
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
         print(f"[{time.time() - started:6.1f} s] {text}", file=sys.stderr, flush=True)
 
     record: dict[str, Any] = {
-        "schema": SCHEMA,
+        "schema": KIND,
         "command": ["flashmoe", *arguments],
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),

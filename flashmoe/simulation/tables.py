@@ -1,6 +1,7 @@
 """Answers of the simulation as text: aligned columns, units beside the numbers."""
 
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 from ..report import percent, table
@@ -19,7 +20,7 @@ def scaling(answers: list[dict[str, Any]]) -> str:
             rejected.append(f"{one['model']}, {one['gpus']} GPUs, {one['tokens']} tokens: {one['rejected']}")
             continue
         rows.append([
-            one["model"], str(one["gpus"]), str(one["ep_size"]), str(one["tokens"]), _unevenness(one),
+            one["model"], str(one["gpus"]), str(one["ep_size"]), str(one["tokens"]), unevenness(one),
             microseconds(one["seconds"]), microseconds(one["seconds_with_free_wires"]),
             microseconds(one["exposed_seconds"]), percent(one["hidden_share"]), percent(one["utilisation"]),
             f"{one['flops_per_gpu'] / 1e12:.0f}", f"{one['tokens_per_s'] / 1e6:.1f}",
@@ -28,7 +29,7 @@ def scaling(answers: list[dict[str, Any]]) -> str:
     return "\n".join(["predicted; no GPU has run this", table(rows), *rejected])
 
 
-def _unevenness(one: dict[str, Any]) -> str:
+def unevenness(one: dict[str, Any]) -> str:
     parts = [one["skew"]] if one["skew"] != "uniform" else []
     parts += [f"rank 0 x {one['slow']:g}"] if one["slow"] != 1 else []
     parts += [f"rank 0 + {microseconds(one['late_s'])}"] if one["late_s"] else []
@@ -72,7 +73,7 @@ def validated(found: dict[str, Any]) -> str:
     errors = sorted(abs(one["error"]) for one in found["runs"] if not one["fitted"] and "error" in one)
     summary = f"{len(errors)} runs that nothing was fitted to"
     if errors:
-        summary += f": median error {errors[len(errors) // 2]:.1%}, largest {errors[-1]:.1%}"
+        summary += f": median error {median(errors):.1%}, largest {errors[-1]:.1%}"
     return "\n".join([table(rows), *skipped, summary])
 
 
