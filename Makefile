@@ -2,7 +2,9 @@
 # make test     C++ tests (plain, ThreadSanitizer, AddressSanitizer + UBSan), CUDA, then pytest; PYTEST_ARGS="-k ..."
 # make cuda     builds the CUDA half for every architecture, checks its machine code, and loads it; needs no GPU
 # make verify   the protocol's model, exhaustively (needs the model checker `spin`)
-# make bench    the C++ benches, into build/cpp-plain/, and `flashmoe bench micro`; MICRO_ARGS="-k ... --json FILE"
+# make bench    everything there is to measure here, with pictures and a page, into BENCH_OUT (build/bench/)
+# make bench-micro  what a call is made of; MICRO_ARGS="-k ... --json FILE"
+# make bench-cpp    the C++ benches, into build/cpp-plain/
 # make build    the extension alone
 # make clean    removes what was built, keeps the virtual environment
 #
@@ -10,13 +12,14 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+BENCH_OUT ?= build/bench
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 # Each step uses all cores by itself, and the tests measure time.
 .NOTPARALLEL:
-.PHONY: run test test-cpp test-python cuda verify build bench clean
+.PHONY: run test test-cpp test-python cuda verify build bench bench-micro bench-cpp clean
 
 STARTED := $(shell date +%s)
 section = @printf '\n== %3d s  %s\n' $$(($$(date +%s) - $(STARTED))) '$(1)'
@@ -81,12 +84,18 @@ cuda: $(VENV)/.requirements-cuda
 	$(call section,CUDA: machine code)
 	$(BIN)/python tools/check_cuda.py
 
+# Each of its sections tells its own seconds.
 bench: build $(VENV)/.requirements-test
+	PYTHON=$(BIN)/python bench/all.sh $(BENCH_OUT)
+
+bench-micro: build $(VENV)/.requirements-test
+	$(call section,flashmoe bench micro)
+	$(BIN)/flashmoe bench micro $(MICRO_ARGS)
+
+bench-cpp: $(VENV)/.requirements
 	$(call section,C++ benches)
 	$(call configure_cpp,plain)
 	$(BIN)/cmake --build build/cpp-plain --target benches
-	$(call section,flashmoe bench micro)
-	$(BIN)/flashmoe bench micro $(MICRO_ARGS)
 
 verify:
 	$(call section,Model of the protocol)

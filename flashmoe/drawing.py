@@ -8,8 +8,8 @@ from typing import Any
 from . import baselines
 from .models import SHAPES
 
-OURS, BOUND, PRODUCT = "#1f6fb2", "#5b6770", "#4f9d69"  # this library; what no program passes; a BLAS's products
-RIVAL = "#d1603d"
+OURS, RIVAL, BOUND = "#1f6fb2", "#d1603d", "#5b6770"  # this library, what one would use instead, what nothing passes
+PRODUCT, DENSE = "#4f9d69", "#b08e2f"  # a BLAS's products: one square, and as many as the layer's
 _COLORS = ("#1f6fb2", "#d1603d", "#4f9d69", "#8a63b3", "#b08e2f", "#3aa6a0", "#c2577f", "#7a5c3e")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _STYLE = {

@@ -5,7 +5,7 @@ from typing import Any
 
 from . import baselines
 from .drawing import (
-    BOUND, OURS, PRODUCT, RIVAL, Figure, around, grid_of, legend_below, look_of_baseline, look_of_model, scale_counts,
+    BOUND, DENSE, OURS, PRODUCT, RIVAL, Figure, around, grid_of, legend_below, look_of_baseline, look_of_model, scale_counts,
     scale_log,
 )  # fmt: skip
 from .models import SHAPES
@@ -47,6 +47,9 @@ def throughput(records: list[Record], pyplot: Any) -> Any:
         axes.plot(tokens, ceilings, ":", color=BOUND, label="ceiling: the GEMM rate, or reading the weights")
         gemm = [record.data["rates"]["gemm_gflops"] for record in chosen]
         axes.plot(tokens, gemm, "-.", lw=1, color=PRODUCT, label="pure GEMM, fp32")
+        dense = [(record.tokens, one) for record in chosen if (one := record.compared(baselines.CEILING))]
+        axes.plot([t for t, _ in dense], [one["gflops"] for _, one in dense], "--", lw=1, color=DENSE,
+                  label="dense products of as many FLOPs, in the layer's dtype")  # fmt: skip
 
     return _over_tokens(records, pyplot, panel, "GFLOP/s")
 

@@ -8,7 +8,7 @@ import pytest
 from flashmoe.bench_cli import COMMANDS
 from flashmoe.cli import main
 from flashmoe.schema import check
-from flashmoe.simulation import paper, studies, tables
+from flashmoe.simulation import paper, studies, tables, validation
 from flashmoe.simulation.record import KIND, SCHEMA
 
 RESULTS = Path(__file__).resolve().parent.parent / "bench" / "results"
@@ -65,8 +65,26 @@ def test_arguments_that_mean_nothing_are_refused(arguments, told, capsys):
 def test_failures_are_one_line(capsys):
     assert main(["bench", "scale", "--gpus", "8", "--follow", "3", "--tokens", "8"]) == 1
     assert "FAILED 3 followed ranks do not divide a world of 8" in capsys.readouterr().err
+    assert main(["bench", "scale", "--quick"]) == 1
+    assert "FAILED --quick is for --study all" in capsys.readouterr().err
     assert main(["bench", "scale", "--experts", "4"]) == 1
     assert "top_k, 8, got 4" in capsys.readouterr().err
+
+
+def test_quick_asks_some_of_everything(monkeypatch, tmp_path):
+    """Which points, not their answers, that take a minute."""
+    asked = {"gpus": [], "paper": []}
+    monkeypatch.setattr(studies, "answer", lambda scenarios, report: asked["gpus"].extend(scenarios) or [])
+    monkeypatch.setattr(paper, "reproduce", lambda report, chosen: asked["paper"].extend(chosen) or [])
+    monkeypatch.setattr(validation, "compare", lambda records, fit: [])
+    file = tmp_path / "scale.json"
+    assert main(["bench", "scale", "--study", "all", "--quick", "--json", str(file)]) == 0
+    check(file, json.loads(file.read_text()), SCHEMA)
+    every = studies.all_models()
+    assert {s.shape.name for s in asked["gpus"]} == {s.shape.name for s in every} and len(asked["gpus"]) < len(every) / 2
+    assert all(scenario in every for scenario in asked["gpus"])
+    assert {point.experiment[:4] for point in asked["paper"]} == {"late", "weak"}
+    assert all(point in paper.PUBLISHED for point in asked["paper"]) and len(asked["paper"]) < len(paper.PUBLISHED)
 
 
 def test_every_bench_can_be_asked_what_it_does(capsys):

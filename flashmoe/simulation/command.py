@@ -39,6 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     option("--study", "gpus: --model over --gpus; paper: the FlashMoE paper's experiments; validation: measured runs "
            "of this host; all: these and every model, as in the committed record", "gpus", choices=_STUDIES,
            metavar="S")  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="with --study all: some of its points, in about a minute")
     option("--model", f"shape of the layer: {', '.join(SHAPES)}", "qwen3-30b-a3b", choices=list(SHAPES), metavar="NAME")
     option("--experts", "another number of experts than the model's", type=_positive, metavar="E")
     option("--gpus", "how many, as a list", "8,16,32,64,128,256,512,1024", type=_counts, metavar="LIST")
@@ -100,6 +101,12 @@ def _chosen(options: argparse.Namespace, report: Callable[[str], None]) -> dict[
     gpus = {"gpus": lambda: studies.answer(_asked(options), report)}
     published = {"paper": lambda: paper.reproduce(report)}
     measured = {"validation": validate}
+    if options.quick and options.study != "all":
+        raise ValueError("--quick is for --study all")
+    some = {
+        **measured, "machines": described, "paper": lambda: paper.reproduce(report, paper.QUICK),
+        "gpus": lambda: studies.answer(studies.some_of_all_models(), report),
+    }
     every = {
         **measured, "machines": described, **published,
         "following_fewer": lambda: studies.following_fewer(report),
@@ -107,7 +114,7 @@ def _chosen(options: argparse.Namespace, report: Callable[[str], None]) -> dict[
         "uneven": lambda: studies.answer(studies.uneven(), report),
         "fewer_senders": lambda: studies.answer(studies.fewer_senders(), report),
     }  # fmt: skip
-    return {"gpus": gpus, "paper": published, "validation": measured, "all": every}[options.study]
+    return {"gpus": gpus, "paper": published, "validation": measured, "all": some if options.quick else every}[options.study]
 
 
 def _asked(options: argparse.Namespace) -> list[Scenario]:

@@ -4,7 +4,7 @@ There: fp32 as tf32, top-2, two matrices an expert, both widths 2048, tokens abo
 baselines in fp16. Here each point is simulated in the same way, and as one would run it: bf16, nothing dropped.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,14 +48,18 @@ PUBLISHED: tuple[Published, ...] = (
     *_over_experts(8, (8.2, 8.1, 7.0, 6.9, 8.4), {}),
 )  # fmt: skip
 
+QUICK = tuple(point for point in PUBLISHED if point.tokens <= 8192)
+
 _KEPT = ("engine", "seconds", "seconds_with_free_wires", "exposed_seconds", "hidden_share", "utilisation",
          "flops_per_gpu", "tokens_per_s")  # fmt: skip
 
 
-def reproduce(report: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
-    """Every published point with both predictions; of weak scaling also T(2) / T(N), the paper's overlap efficiency."""
+def reproduce(
+    report: Callable[[str], None] = lambda text: None, chosen: Sequence[Published] = PUBLISHED
+) -> list[dict[str, Any]]:
+    """The published points with both predictions; of weak scaling also T(2) / T(N), the paper's overlap efficiency."""
     points = []
-    for published in PUBLISHED:
+    for published in chosen:
         report(f"{published.experiment}: {published.gpus} GPUs, {published.tokens} tokens, {published.experts} experts")
         shape = replace(SHAPES["flashmoe-paper"], num_experts=published.experts)
         scenario = Scenario(shape, H100, published.gpus, published.tokens)

@@ -11,6 +11,7 @@ from .scenario import Scenario, simulate
 from .workload import Skew
 
 GPU_COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)
+_SOME_COUNTS = (8, 64, 1024)
 _PREFILL, _DECODE = 8192, 128
 
 
@@ -56,6 +57,10 @@ def all_models() -> list[Scenario]:
         replace(deepseek, num_gpus=256, layers=1, tokens=4 * _PREFILL),
         Scenario(grown[-1], H100, GPU_COUNTS[-1], 2 * _PREFILL),
     ]
+
+
+def some_of_all_models() -> list[Scenario]:
+    return [scenario for scenario in all_models() if scenario.num_gpus in _SOME_COUNTS and scenario.tokens <= _PREFILL]
 
 
 def uneven() -> list[Scenario]:
