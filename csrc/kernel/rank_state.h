@@ -17,7 +17,7 @@ struct RankState {
   uint64_t last_epoch;
   Status failure;          // sticky: of the call that failed, if one did
   Status* report_failure;  // host-mapped, or null
-  TraceLists trace;        // of the current call
+  TraceLists trace{};      // of the current call
 };
 
 }  // namespace flashmoe::gpu
