@@ -98,16 +98,36 @@ py::dict stats(const Group& group) {
   return d;
 }
 
+py::bytes bytes_of(const std::vector<TraceEvent>& events) {
+  return py::bytes(reinterpret_cast<const char*>(events.data()), events.size() * sizeof(TraceEvent));
+}
+
 // By worker the bytes of its TraceEvents, and how many events were lost.
 py::tuple trace(const Group& group) {
   uint64_t lost;
   py::list workers;
-  for (const std::vector<TraceEvent>& events : group.trace(lost))
-    workers.append(py::bytes(reinterpret_cast<const char*>(events.data()), events.size() * sizeof(TraceEvent)));
+  for (const std::vector<TraceEvent>& events : group.trace(lost)) workers.append(bytes_of(events));
   return py::make_tuple(workers, lost);
 }
 
 #ifdef FLASHMOE_WITH_CUDA
+// By rank that is here, by list: the bytes of its TraceEvents, how many there were, and the writer's multiprocessor.
+py::list cuda_trace(CudaTeam& team) {
+  std::vector<std::vector<CudaTraceList>> traced;
+  {
+    const py::gil_scoped_release release;
+    traced = team.trace();
+  }
+  py::list ranks;
+  for (const std::vector<CudaTraceList>& rank : traced) {
+    py::list lists;
+    for (const CudaTraceList& list : rank)
+      lists.append(py::make_tuple(bytes_of(list.events), list.count, list.multiprocessor));
+    ranks.append(lists);
+  }
+  return ranks;
+}
+
 // What Python holds, for as long as the last copy of this lives.
 std::shared_ptr<void> kept(const py::object& object) {
   return {new py::object(object), [](void* held) {
@@ -249,6 +269,8 @@ PYBIND11_MODULE(_C, m) {
            },
            py::arg("ranks"), py::arg("stream"), py::arg("tf32") = false)
       .def_static("stage_bytes", &CudaTeam::stage_bytes, py::arg("limits"))
+      .def("set_trace", &CudaTeam::set_trace, py::arg("max_events"), py::call_guard<py::gil_scoped_release>())
+      .def("trace", &cuda_trace)
       .def("check", &CudaTeam::check, py::call_guard<py::gil_scoped_release>())
       .def("tokens_per_expert", &CudaTeam::tokens_per_expert, py::arg("layer"), py::arg("rank") = 0,
            py::call_guard<py::gil_scoped_release>());

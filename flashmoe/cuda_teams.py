@@ -22,6 +22,17 @@ _local: dict[tuple[str | None, int], _C.CudaTeam] = {}  # by group (None: group=
 _watched: weakref.WeakSet[_C.CudaTeam] = weakref.WeakSet()
 
 
+class _Tracing:
+    """Of a group's local teams: the events that a block keeps, and the teams that note them, the last to call last."""
+
+    def __init__(self, max_events: int) -> None:
+        self.max_events = max_events
+        self.teams: list[tuple[_C.CudaTeam, int]] = []  # with their devices
+
+
+_traced: dict[str | None, _Tracing] = {}  # by group
+
+
 def has_cuda() -> bool:
     """This build has the CUDA half, and a GPU is here."""
     return hasattr(_C, "CudaTeam") and _C.num_cuda_devices() > 0
@@ -49,6 +60,8 @@ def forward(name: str | None, device: int, dtype: torch.dtype, layer: int, *argu
     """One call of that group's local team on the device."""
     with torch.cuda.device(device):
         team = _team_of(name, device)
+        if name in _traced:
+            _trace(name, team, device)
     try:
         call(team, device, dtype, arguments)
     except _C.PeerError:
@@ -79,6 +92,25 @@ def stats(name: str | None, layer: int) -> dict | None:
     }
 
 
+def start_trace(name: str | None, max_events: int) -> None:
+    """The group's local teams note their calls from now on: each from its next one, so that no idle GPU gives memory."""
+    with _lock:
+        _traced[name] = _Tracing(max_events)
+
+
+def traced_last(name: str | None) -> tuple[_C.CudaTeam, int] | None:
+    """The team, and its device, that made the last call since."""
+    teams = _traced[name].teams
+    return teams[-1] if teams else None
+
+
+def stop_trace(name: str | None) -> None:
+    with _lock:
+        teams = _traced.pop(name).teams
+    for team, _ in teams:
+        team.set_trace(0)
+
+
 def sm_margin_asked() -> int:
     """Multiprocessors that the local teams leave to others.
 
@@ -103,6 +135,17 @@ def _team_of(name: str | None, device: int) -> _C.CudaTeam:
                 )
             )  # fmt: skip
         return team
+
+
+def _trace(name: str | None, team: _C.CudaTeam, device: int) -> None:
+    with _lock:
+        tracing = _traced.get(name)
+        if tracing is None or tracing.teams[-1:] == [(team, device)]:
+            return
+        if (team, device) not in tracing.teams:
+            team.set_trace(tracing.max_events)
+            tracing.teams.append((team, device))
+        tracing.teams.sort(key=lambda one: one[0] is team)
 
 
 def _forget(team: _C.CudaTeam) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from . import groups
+from .timeline_clocks import align, puts
 
-# As TraceEvent of csrc/protocol/trace.h; times in nanoseconds of the host's monotonic clock.
+# As TraceEvent of csrc/protocol/trace.h; times in nanoseconds of the host's monotonic clock, or of the GPU's own.
 EVENT = np.dtype(
-    [("begin", "u8"), ("end", "u8"), ("kind", "u4"), ("index", "i4"), ("part", "i4"), ("expert", "i4"),
-     ("rows", "u4"), ("sequence", "u4")]
+    [("begin", "u8"), ("end", "u8"), ("loads", "u8"), ("kind", "u4"), ("index", "i4"), ("part", "i4"),
+     ("expert", "i4"), ("rows", "u4"), ("sequence", "u4")]
 )  # fmt: skip
 PLAN, SEND, UP, DOWN, COMBINE, ARRIVED, PUBLISHED = 1, 2, 3, 4, 5, 16, 17
 NAMES = {PLAN: "plan and headers", SEND: "send", UP: "up", DOWN: "down", COMBINE: "combine"}
@@ -30,32 +32,51 @@ class RankTrace:
         rank: in its group.
         workers: events [n] of dtype EVENT of each worker, in the order in which they ended; `rows`, `expert` and
             `sequence` (of the row block) are a tile's. ARRIVED: by then `part` chunks of rank `index` were here.
-            PUBLISHED: in this step of the scheduler the row blocks below `sequence` became runnable.
+            PUBLISHED: in this step of the scheduler the row blocks below `sequence` became runnable. `loads`: when the
+            loading of a tile's operands began, before its `begin` where a GPU's block has warps that run ahead.
         lost: events for which there was no room.
+        lanes: the workers' names: threads of the host, or blocks of a GPU and their multiprocessors.
+        clock: whose times these are; equal where they can be compared.
     """
 
     rank: int
     workers: list[np.ndarray]
     lost: int
+    lanes: list[str] = field(default_factory=list)
+    clock: str = ""
+
+    def __post_init__(self) -> None:
+        self.lanes = self.lanes or [f"worker {worker}" for worker in range(len(self.workers))]
 
 
 @dataclass
 class Trace:
-    """A call on one rank, or with ``gathered`` on all ranks of the group, whose hosts' clocks must agree."""
+    """A call on the ranks of this process, or with ``gathered`` on all ranks of the group.
+
+    Attributes:
+        clock_error: how wrong times of one rank are beside another's, in seconds: 0 where all are of one clock.
+    """
 
     ranks: list[RankTrace] = field(default_factory=list)
+    clock_error: float = 0.0
 
     def gathered(self, parts: Sequence[Trace]) -> Trace:
-        """This and the other ranks' parts as one, in the order of their ranks."""
-        ranks = [rank for part in parts for rank in part.ranks]
-        return Trace(sorted(ranks, key=lambda one: one.rank))
+        """This and the other ranks' parts as one, in the order of their ranks.
+
+        Clocks of several GPUs or hosts do not agree: times are moved so that no rows arrive before they were sent,
+        which leaves clock_error; it is infinite, and nothing moved, if some two exchanged none.
+        """
+        ranks = [dataclasses.replace(rank) for part in parts for rank in part.ranks]
+        ranks.sort(key=lambda one: one.rank)
+        return Trace(ranks, align(ranks) / 1e9)
 
     def summary(self) -> dict[str, Any]:
         """Numbers of the call, in seconds and shares of all workers' time from its first event to its last.
 
         utilization: workers doing something. tiles: of it, matrix products. exposed: waiting between two pieces of
         work, for rows or results under way or for another rank. tail: waiting after a worker's last piece. Also
-        rows_sent_seconds (copying rows to peers, all workers) and lost_events.
+        rows_sent_seconds (copying rows to peers, all workers), lost_events, clock_step (the smallest difference between
+        two times: a GPU's clock may stand still for a microsecond) and clock_error (None: it is not known).
         """
         work = [(events, _work(events)) for rank in self.ranks for events in rank.workers]
         if not any(len(busy) for _, busy in work):
@@ -74,17 +95,19 @@ class Trace:
             "tail": tail / everything,
             "rows_sent_seconds": sum(_seconds(part, SEND) for _, part in work) / 1e9,
             "lost_events": sum(rank.lost for rank in self.ranks),
+            "clock_step": min(_clock_step(rank) for rank in self.ranks) / 1e9,
+            "clock_error": self.clock_error if math.isfinite(self.clock_error) else None,
         }
 
     def save(self, path: str | Path) -> None:
-        """As JSON for Perfetto (ui.perfetto.dev) or chrome://tracing: a process a rank, a thread a worker, and an arrow
-        from each put of rows to the moment at which its destination saw them."""
+        """As JSON for Perfetto (ui.perfetto.dev) or chrome://tracing: a process a rank, a thread a worker or block, and an
+        arrow from each put of rows to the moment at which its destination saw them."""
         begin = min((int(events["begin"].min()) for rank in self.ranks for events in rank.workers if len(events)), default=0)
         entries: list[dict[str, Any]] = []
         for rank in self.ranks:
             entries.append(_named("process_name", f"rank {rank.rank}", rank.rank, 0))
             for worker, events in enumerate(rank.workers):
-                entries.append(_named("thread_name", f"worker {worker}", rank.rank, worker))
+                entries.append(_named("thread_name", rank.lanes[worker], rank.rank, worker))
                 entries.extend(_slice(event, rank.rank, worker, begin) for event in _work(events))
         entries.extend(self._arrows(begin))
         Path(path).write_text(json.dumps({"displayTimeUnit": "ns", "traceEvents": entries}))
@@ -96,53 +119,48 @@ class Trace:
         draw(self, Path(path))
 
     def _arrows(self, begin: int) -> Iterator[dict[str, Any]]:
-        # When each destination first saw so many chunks of a source; several workers may have noted it.
-        seen: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
-        for rank in self.ranks:
-            for worker, events in enumerate(rank.workers):
-                for event in events[events["kind"] == ARRIVED]:
-                    key = (rank.rank, int(event["index"]))
-                    seen.setdefault(key, []).append((int(event["begin"]), int(event["part"]), worker))
-        for rank in self.ranks:
-            for worker, events in enumerate(rank.workers):
-                for event in events[events["kind"] == SEND]:
-                    to, chunk, sent = int(event["index"]), int(event["part"]), int(event["end"])
-                    moments = [one for one in seen.get((to, rank.rank), []) if one[1] > chunk]
-                    if not moments:
-                        continue  # a shorter packet's empty ticket
-                    when, _, by = min(moments)
-                    name = {"name": "rows", "cat": "rows", "id": f"{rank.rank}.{to}.{chunk}"}
-                    yield name | {"ph": "s", "pid": rank.rank, "tid": worker, "ts": (sent - begin) / 1e3}
-                    yield name | {"ph": "f", "bp": "e", "pid": to, "tid": by, "ts": (max(when, sent) - begin) / 1e3}
+        for put in puts(self.ranks):
+            name = {"name": "rows", "cat": "rows", "id": f"{put.source}.{put.destination}.{put.chunk}"}
+            seen = max(put.seen, put.sent)
+            yield name | {"ph": "s", "pid": put.source, "tid": put.worker, "ts": (put.sent - begin) / 1e3}
+            yield name | {"ph": "f", "bp": "e", "pid": put.destination, "tid": put.seen_by, "ts": (seen - begin) / 1e3}
 
 
 @contextlib.contextmanager
-def trace(group: Any = None, max_events: int = 1 << 16) -> Iterator[Trace]:
-    """Within the block the group's calls are traced; after it the Trace holds the last of them, of this rank.
+def trace(group: Any = None, max_events: int | None = None) -> Iterator[Trace]:
+    """Within the block the group's calls are traced; after it the Trace holds the last of them, of this process.
+
+    On a GPU leaving the block waits for that call. A call that a CUDA graph captures cannot be traced (RuntimeError),
+    and what a graph replays is not.
 
     Args:
-        group: as of the layer; None: the layers of one process. On the CPU alone.
-        max_events: of one worker and call; what exceeds them is counted alone.
+        group: as of the layer, or a VirtualRanks; None: the layers of one process, of which a call on a GPU hides those
+            on the CPU.
+        max_events: of one worker and call; what exceeds them is counted alone. None: 65536, and 8192 of a GPU's block,
+            for which each takes 48 bytes of its memory.
     """
-    if type(max_events) is not int or not 0 < max_events < 2**31:
+    from .timeline_source import source_of
+
+    if max_events is not None and (type(max_events) is not int or not 0 < max_events < 2**31):
         raise ValueError(f"max_events must be an integer of at least 1, got {max_events!r}")
-    if group is None:
-        with groups.local.lock:
-            found = groups.local.acquire()
-    else:
-        found = groups.find(groups.name_of(group))
+    source = source_of(group)
     traced = Trace()
-    found.set_trace(max_events)
+    source.start(max_events)
     try:
         yield traced
-        workers, lost = found.trace()
-        traced.ranks = [RankTrace(found.ep_rank, [np.frombuffer(events, EVENT) for events in workers], lost)]
+        traced.ranks = source.ranks()
     finally:
-        found.set_trace(0)
+        source.stop()
 
 
 def _work(events: np.ndarray) -> np.ndarray:
     return events[events["kind"] <= COMBINE]
+
+
+def _clock_step(rank: RankTrace) -> int:
+    """Nanoseconds; 0 if all times are equal."""
+    times = np.unique(np.concatenate([events[name] for events in rank.workers for name in ("begin", "end")]))
+    return int(np.diff(times).min(initial=times[-1] - times[0])) if len(times) else 0
 
 
 def _seconds(events: np.ndarray, *kinds: int) -> int:
@@ -161,6 +179,7 @@ def _slice(event: np.void, rank: int, worker: int, begin: int) -> dict[str, Any]
     if kind in (UP, DOWN):
         name = f"{name} expert {int(event['expert'])}"
         arguments = {"row block": int(event["sequence"]), "tile": int(event["part"]), "rows": int(event["rows"])}
+        arguments["loads begin"] = (int(event["loads"]) - begin) / 1e3
     elif kind == SEND:
         name = f"send to rank {int(event['index'])}"
         arguments = {"chunk": int(event["part"])}

@@ -1,7 +1,8 @@
-"""A timeline as a picture: one lane a worker, and below how many workers did what."""
+"""A timeline as a picture: one lane a worker or block, and below how many of them did what."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
 _COLORS = {"plan and headers": "#8a63b3", "send": "#b08e2f", "up": "#2a78b5", "down": "#4f9d69", "combine": "#d1603d"}
 _BINS = 400
+_TALLEST = 11.0  # inches of lanes, unless they would be too thin to see
 
 
 def draw(trace: Trace, path: Path) -> None:
@@ -23,18 +25,22 @@ def draw(trace: Trace, path: Path) -> None:
 
     from .timeline import NAMES, _work
 
-    lanes = [(rank.rank, worker, _work(events)) for rank in trace.ranks for worker, events in enumerate(rank.workers)]
-    begin = min(int(events["begin"].min()) for _, _, events in lanes if len(events))
-    end = max(int(events["end"].max()) for _, _, events in lanes if len(events))
+    lanes = [
+        (f"rank {rank.rank}, {lane}", _work(events))
+        for rank in trace.ranks
+        for lane, events in zip(rank.lanes, rank.workers, strict=True)
+    ]
+    begin = min(int(events["begin"].min()) for _, events in lanes if len(events))
+    end = max(int(events["end"].max()) for _, events in lanes if len(events))
     bins = np.linspace(begin, end, _BINS + 1)
+    height = min(0.34 * len(lanes), max(_TALLEST, 0.08 * len(lanes)))
     figure, (timeline, share) = pyplot.subplots(
-        2, 1, figsize=(11, 2.2 + 0.34 * len(lanes)), sharex=True, layout="constrained",
-        height_ratios=[max(1.0, 0.34 * len(lanes)), 1.2],
+        2, 1, figsize=(11, 2.2 + height), sharex=True, layout="constrained", height_ratios=[max(1.0, height), 1.2]
     )  # fmt: skip
     below = np.zeros(_BINS)
     for kind, name in NAMES.items():
         busy = np.zeros(_BINS)
-        for lane, (_, _, events) in enumerate(lanes):
+        for lane, (_, events) in enumerate(lanes):
             chosen = events[events["kind"] == kind]
             spans = [((int(e["begin"]) - begin) / 1e6, (int(e["end"]) - int(e["begin"])) / 1e6) for e in chosen]
             timeline.broken_barh(spans, (lane - 0.4, 0.8), color=_COLORS[name], lw=0)
@@ -45,7 +51,8 @@ def draw(trace: Trace, path: Path) -> None:
         centers = (bins[:-1] - begin) / 1e6
         share.fill_between(centers, below, below + busy, color=_COLORS[name], lw=0, step="post", label=name)
         below += busy
-    timeline.set_yticks(range(len(lanes)), [f"rank {rank}, worker {worker}" for rank, worker, _ in lanes], fontsize=8)
+    named = range(0, len(lanes), math.ceil(0.17 * len(lanes) / height))
+    timeline.set_yticks(named, [lanes[lane][0] for lane in named], fontsize=8)
     timeline.invert_yaxis()
     share.set_ylabel("workers")
     share.set_ylim(0, len(lanes))

@@ -6,40 +6,17 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from timeline_checks import check_call, of_kind
 
 import flashmoe
 from flashmoe import cli
 from flashmoe.records import read_records
-from flashmoe.timeline import ARRIVED, COMBINE, DOWN, EVENT, PLAN, PUBLISHED, SEND, UP, RankTrace, Trace
-
-BLOCK_ROWS = flashmoe.build_info()["block_rows"]
+from flashmoe.timeline import ARRIVED, COMBINE, DOWN, EVENT, PLAN, SEND, UP, RankTrace, Trace
 
 
 def layer_and_input(tokens: int = 200) -> tuple[flashmoe.MoE, torch.Tensor]:
     torch.manual_seed(3)
     return flashmoe.MoE(128, 192, 6, 2), torch.randn(tokens, 128)
-
-
-def of_kind(events: np.ndarray, *kinds: int) -> np.ndarray:
-    return events[np.isin(events["kind"], kinds)]
-
-
-def check_call(trace: Trace, rank: int, rows_of_expert: list[int]) -> None:
-    """What one rank did is the work of that many rows, and no piece began before what it needs was done."""
-    events = np.sort(np.concatenate(trace.ranks[rank].workers), order="begin")
-    assert len(of_kind(events, PLAN)) == 1
-    blocks = {int(event["sequence"]): event for event in of_kind(events, UP)}
-    rows = [0] * len(rows_of_expert)
-    for event in blocks.values():
-        rows[event["expert"]] += event["rows"]
-        assert 0 < event["rows"] <= BLOCK_ROWS
-    assert rows == rows_of_expert
-    for sequence in blocks:
-        up, down = (of_kind(events, kind)[of_kind(events, kind)["sequence"] == sequence] for kind in (UP, DOWN))
-        assert sorted(up["part"]) == list(range(len(up))) and sorted(down["part"]) == list(range(len(down)))
-        assert down["begin"].min() >= up["end"].max()
-        published = of_kind(events, PUBLISHED)
-        assert published[published["sequence"] > sequence]["begin"].min() <= up["begin"].min()
 
 
 def test_every_tile_of_a_call_is_there_once_and_in_order():
@@ -49,7 +26,7 @@ def test_every_tile_of_a_call_is_there_once_and_in_order():
         y = layer(x, routing)
         assert torch.equal(y, layer(x, routing))  # the last call is kept
     assert [rank.rank for rank in trace.ranks] == [0]
-    check_call(trace, 0, routing.tokens_per_expert().tolist())
+    check_call(trace.ranks[0], routing.tokens_per_expert().tolist())
     combined = of_kind(np.concatenate(trace.ranks[0].workers), COMBINE)
     assert sorted(combined["index"]) == list(range(-(-200 // 16)))
     summary = trace.summary()
@@ -79,7 +56,7 @@ def test_ranks_of_a_group_are_traced_alike():
     assert [rank.rank for rank in trace.ranks] == [0, 1]
     rows = sum(routing.tokens_per_expert() for routing in routings).tolist()
     for rank in range(2):
-        check_call(trace, rank, rows[3 * rank : 3 * rank + 3])
+        check_call(trace.ranks[rank], rows[3 * rank : 3 * rank + 3])
         arrived = of_kind(np.concatenate(trace.ranks[rank].workers), ARRIVED)
         assert set(arrived["index"]) == {1 - rank}
 
@@ -124,7 +101,7 @@ def test_numbers_of_a_made_up_call():
     ])  # fmt: skip
     assert trace.summary() == {
         "seconds": 1e-7, "workers": 2, "utilization": 0.6, "tiles": 0.35, "exposed": 0.1, "tail": 0.3,
-        "rows_sent_seconds": 1e-8, "lost_events": 2,
+        "rows_sent_seconds": 1e-8, "lost_events": 2, "clock_step": 1e-8, "clock_error": 0.0,
     }  # fmt: skip
 
 

@@ -16,6 +16,11 @@ FLASHMOE_DEVICE int lane() { return int(threadIdx.x % 32); }
 FLASHMOE_DEVICE int warp_in_block() { return __shfl_sync(~0u, int(threadIdx.x / 32), 0); }
 FLASHMOE_DEVICE int block() { return int(blockIdx.x); }
 FLASHMOE_DEVICE int num_blocks() { return int(gridDim.x); }
+FLASHMOE_DEVICE int multiprocessor() {
+  int id;
+  asm volatile("mov.u32 %0, %%smid;" : "=r"(id));
+  return id;
+}
 
 FLASHMOE_DEVICE std::byte* shared_memory() {
   extern __shared__ __align__(1024) std::byte flashmoe_shared_memory[];

@@ -17,6 +17,7 @@ FLASHMOE_DEVICE int lane() { return simt::my_lane(); }
 FLASHMOE_DEVICE int warp_in_block() { return simt::self().index / 32; }
 FLASHMOE_DEVICE int block() { return simt::my_block().index; }
 FLASHMOE_DEVICE int num_blocks() { return simt::machine->num_blocks(); }
+FLASHMOE_DEVICE int multiprocessor() { return 100 + block(); }  // not the block, lest they be taken for each other
 FLASHMOE_DEVICE std::byte* shared_memory() { return simt::my_block().shared.data(); }
 
 }  // namespace flashmoe::gpu

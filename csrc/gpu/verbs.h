@@ -34,6 +34,7 @@ FLASHMOE_DEVICE int lane();
 FLASHMOE_DEVICE int warp_in_block();
 FLASHMOE_DEVICE int block();
 FLASHMOE_DEVICE int num_blocks();
+FLASHMOE_DEVICE int multiprocessor();  // where the block is
 
 // The block's dynamic shared memory, aligned to 1024 bytes.
 FLASHMOE_DEVICE std::byte* shared_memory();
@@ -189,7 +190,8 @@ struct alignas(16) Words4 {
   uint32_t word[4];
 };
 
-// ---- Time.
+// ---- Time: one clock for all blocks of a GPU, and for no other GPU. How often it moves on differs: some GPUs let it
+// stand still for a microsecond.
 FLASHMOE_DEVICE uint64_t now_ns();
 FLASHMOE_DEVICE void sleep_ns(uint32_t duration);
 

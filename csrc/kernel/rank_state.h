@@ -2,6 +2,7 @@
 // without the host.
 #pragma once
 
+#include "kernel/block_trace.h"
 #include "protocol/agent.h"
 #include "protocol/peers.h"
 
@@ -16,6 +17,7 @@ struct RankState {
   uint64_t last_epoch;
   Status failure;          // sticky: of the call that failed, if one did
   Status* report_failure;  // host-mapped, or null
+  TraceLists trace{};      // of the current call
 };
 
 }  // namespace flashmoe::gpu

@@ -44,6 +44,7 @@ class Worker {
     uint32_t dealt[E::kCrewWarps * kNearExperts];
     uint32_t gives_up;  // y
     alignas(16) std::byte rank[round_up(sizeof(RankState), 16)];
+    BlockTrace trace;
   };
 
   // The whole call, by every thread of every block. Blocks are dealt to the ranks of this GPU in equal stretches.
@@ -60,7 +61,10 @@ class Worker {
     }
     sync_block();
     RankState& rank = *reinterpret_cast<RankState*>(shared.rank);
-    if (thread_in_block() == 0 && rank.call.num_experts <= kNearExperts) rank.workspace.dealt = shared.dealt;
+    if (thread_in_block() == 0) {
+      if (rank.call.num_experts <= kNearExperts) rank.workspace.dealt = shared.dealt;
+      shared.trace.init(rank.trace, block() % blocks, blocks);
+    }
     sync_block();
     P platform(rank.call, rank.peers, rank.workspace);
     const Context<P> context{rank.call, rank.layout, rank.workspace, platform};
@@ -86,13 +90,19 @@ class Worker {
   FLASHMOE_DEVICE void decide(RankState& home) {
     const Warp lanes;
     Agent<P> agent(c_, tiles_, home.deadlines);
+    Tracer<P> arrivals = tracer(BlockTrace::kSubscriber), publications = tracer(BlockTrace::kScheduler);
     // Any worker could play the subscriber and the scheduler; one of each is enough, and spares the others' polling.
     const bool subscribes = block_of_rank_ == 0, schedules = block_of_rank_ == blocks_ - 1;
     Work work;
     uint32_t posted = 0, idle_rounds = 0;
     while (!lanes.broadcast(uint32_t(lanes.rank() == 0 && agent.failed()))) {
       bool progress = subscribes && agent.subscriber.step(lanes);
-      progress |= schedules && agent.scheduler.step(lanes);
+      if (progress && lanes.rank() == 0) arrivals.arrived();
+      const uint64_t since = schedules ? publications.now() : 0;
+      if (schedules && agent.scheduler.step(lanes)) {
+        if (lanes.rank() == 0) publications.published(since);
+        progress = true;
+      }
       const bool wanted = shared_.ring.is_wanted(posted);
       const bool decided = work.kind != WorkKind::kNone ||
                            (wanted && (agent.dispatcher.next(lanes, work) || agent.processor.next(lanes, work)));
@@ -108,6 +118,8 @@ class Worker {
     }
     while (!shared_.ring.post(posted, {WorkKind::kStop, 0, 0})) {
     }
+    if (subscribes && lanes.rank() == 0) shared_.trace.end(BlockTrace::kSubscriber);
+    if (schedules && lanes.rank() == 0) shared_.trace.end(BlockTrace::kScheduler);
     if (block_of_rank_ == 0 && lanes.rank() == 0 && agent.failed()) keep_failure(home);
   }
 
@@ -127,6 +139,7 @@ class Worker {
     for (uint32_t n = 0;; ++n) {
       const Work work = shared_.ring.take(n);
       if (work.kind == WorkKind::kStop) return;
+      if (warp_in_block() == kAgentWarp - 1 && lane() == 0) shared_.trace.note_loads(n);
       engine.load(warp_in_block() - E::kCrewWarps, c_, tiles_, work, shared_.engine, operands,
                   [&] { shared_.ring.ask(); });
     }
@@ -140,18 +153,34 @@ class Worker {
     Processor<P> processor(c_, tiles_);
     for (uint32_t n = 0;; ++n) {
       const Work work = shared_.ring.take(n);
-      if (E::kLoaderWarps == 0 && group.rank() == 0) shared_.ring.ask();
+      const bool speaks = group.rank() == 0;  // for the crew
+      if (E::kLoaderWarps == 0 && speaks) shared_.ring.ask();
+      if (speaks) tracer(BlockTrace::kCrew).begins(work);
+      bool loaded_ahead = false;
       switch (work.kind) {
-        case WorkKind::kStop: return give_up_y(group);
+        case WorkKind::kStop: return stop(group);
         case WorkKind::kPlan:
-        case WorkKind::kSendChunk: dispatcher.perform(group, work); continue;
+        case WorkKind::kSendChunk: dispatcher.perform(group, work); break;
         case WorkKind::kUpTile:
-        case WorkKind::kDownTile: engine.tile(group, c_, tiles_, work, shared_.engine); break;
+        case WorkKind::kDownTile:
+          engine.tile(group, c_, tiles_, work, shared_.engine);
+          loaded_ahead = E::kLoaderWarps > 0;
+          break;
         default: engine.combine(group, c_, work);
       }
-      processor.finish(group, work);
+      group.sync();
+      if (!speaks) continue;
+      tracer(BlockTrace::kCrew).ends(loaded_ahead ? shared_.trace.loads_ns(n) : 0);
+      is_of_dispatcher(work.kind) ? dispatcher.finish(work) : processor.finish(work);
     }
   }
+
+  FLASHMOE_DEVICE void stop(const CrewGroup& group) {
+    if (group.rank() == 0) shared_.trace.end(BlockTrace::kCrew);
+    give_up_y(group);
+  }
+
+  FLASHMOE_DEVICE Tracer<P> tracer(BlockTrace::Writer writer) { return Tracer<P>(c_, shared_.trace.of(writer)); }
 
   // Nobody shall take what a failed call left in y for its result: the last block to stop, after which none writes,
   // overwrites it with NaN.

@@ -28,12 +28,13 @@ class CrewOfOne {
     switch (work.kind) {
       case WorkKind::kPlan:
       case WorkKind::kSendChunk: return dispatcher_.perform(Alone{}, work);
-      case WorkKind::kUpTile: compute_up(work); break;
-      case WorkKind::kDownTile: compute_down(work); break;
+      case WorkKind::kUpTile: return compute_up(work);
+      case WorkKind::kDownTile: return compute_down(work);
       default: combine(work);
     }
-    processor_.finish(Alone{}, work);
   }
+  // Tells the others.
+  void finish(const Work& work) { is_of_dispatcher(work.kind) ? dispatcher_.finish(work) : processor_.finish(work); }
 
  private:
   void compute_up(const Work& work) {

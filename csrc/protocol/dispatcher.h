@@ -26,7 +26,22 @@ class Dispatcher {
     if (work.kind == WorkKind::kPlan)
       plan(group);
     else
-      send_chunk(group, work.index, uint32_t(work.part));
+      write_chunk(group, chunk_of(work));
+  }
+
+  // Tells the others that `work` is done; by one thread, once all who performed it have met.
+  FLASHMOE_ROLE void finish(const Work& work) {
+    Counters& n = *c_.ws.counters;
+    if (work.kind == WorkKind::kPlan) {
+      n.send_tasks = most_chunks() * uint32_t(c_.call.ep_size - 1);
+      P::store_release(&n.plan_ready, 1);
+      return;
+    }
+    if (const Chunk chunk = chunk_of(work); chunk.num_rows)
+      c_.platform.commit(work.index, chunk.offset, chunk.rows, chunk.num_rows * c_.call.row_bytes(),
+                         c_.layout.chunk_signal_at(c_.call.ep_rank, work.part), make_signal(c_.call.epoch, 0),
+                         Traffic::kRows);
+    P::fetch_add(&n.sends_done, 1);
   }
 
   // Everything that this rank has to send is on its way.
@@ -60,16 +75,15 @@ class Dispatcher {
     for (int i = 1; i < ep_size; ++i) write_header(group, c_.call.canonical_source(i));
     group.sync();
     for (int i = 1 + group.rank(); i < ep_size; i += group.size()) commit_header(c_.call.canonical_source(i));
-    group.sync();
-    if (group.rank() != 0) return;
-    Counters& n = *c_.ws.counters;
+  }
+
+  FLASHMOE_ROLE uint32_t most_chunks() const {
     uint32_t most = 0;
-    for (int d = 0; d < ep_size; ++d) {
+    for (int d = 0; d < c_.call.ep_size; ++d) {
       const uint32_t chunks = ceil_div<uint32_t>(packet_slots(c_.ws, d), kChunkRows);
       most = chunks > most ? chunks : most;
     }
-    n.send_tasks = most * uint32_t(ep_size - 1);
-    P::store_release(&n.plan_ready, 1);
+    return most;
   }
 
   FLASHMOE_ROLE std::byte* header_window(int d) const {
@@ -104,23 +118,26 @@ class Dispatcher {
                        header_signal(call.epoch, call.tag, rows), Traffic::kHeader);
   }
 
+  struct Chunk {
+    uint32_t num_rows;      // 0: the packet is shorter
+    const uint32_t* token;  // of each row
+    size_t offset;          // of its first row in the destination's heap
+    std::byte* rows;        // where to write them
+  };
+  FLASHMOE_ROLE Chunk chunk_of(const Work& work) const {
+    const int d = work.index;
+    const uint32_t slots = packet_slots(c_.ws, d), begin = uint32_t(work.part) * kChunkRows;
+    if (begin >= slots) return {};
+    const size_t offset = c_.layout.inbox_at(d, c_.call.ep_rank, begin, c_.call.row_bytes());
+    return {begin + kChunkRows < slots ? kChunkRows : slots - begin, c_.ws.slot_token + c_.ws.slot_begin[d] + begin,
+            offset, c_.platform.window(d, offset, c_.inbox_stage(d, begin))};
+  }
+
   template <ThreadGroup Group>
-  FLASHMOE_ROLE void send_chunk(const Group& group, int d, uint32_t chunk) {
-    const Call& call = c_.call;
-    const uint32_t slots = packet_slots(c_.ws, d), begin = chunk * kChunkRows;
-    if (begin < slots) {
-      const uint32_t num = begin + kChunkRows < slots ? kChunkRows : slots - begin;
-      const size_t row_bytes = call.row_bytes(), offset = c_.layout.inbox_at(d, call.ep_rank, begin, row_bytes);
-      std::byte* rows = c_.platform.window(d, offset, c_.inbox_stage(d, begin));
-      const uint32_t* token = c_.ws.slot_token + c_.ws.slot_begin[d] + begin;
-      for (uint32_t r = group.warp(); r < num; r += group.num_warps())
-        P::copy(group.lanes(), rows + r * row_bytes, call.x + token[r] * row_bytes, row_bytes);
-      group.sync();
-      if (group.rank() == 0)
-        c_.platform.commit(d, offset, rows, num * row_bytes, c_.layout.chunk_signal_at(call.ep_rank, int(chunk)),
-                           make_signal(call.epoch, 0), Traffic::kRows);
-    }
-    if (group.rank() == 0) P::fetch_add(&c_.ws.counters->sends_done, 1);
+  FLASHMOE_ROLE void write_chunk(const Group& group, const Chunk& chunk) {
+    const size_t row_bytes = c_.call.row_bytes();
+    for (uint32_t r = group.warp(); r < chunk.num_rows; r += group.num_warps())
+      P::copy(group.lanes(), chunk.rows + r * row_bytes, c_.call.x + chunk.token[r] * row_bytes, row_bytes);
   }
 
   Context<P> c_;

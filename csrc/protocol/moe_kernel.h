@@ -57,6 +57,7 @@ class MoeKernel {
     tracer_.begins(work);
     crew_.perform(work);
     tracer_.ends();
+    crew_.finish(work);
     return true;
   }
 

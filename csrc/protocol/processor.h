@@ -22,11 +22,8 @@ class Processor {
     return work.kind != WorkKind::kNone || next_combine(lanes, work);
   }
 
-  // Tells the others that `work` is done; by all who wrote its results.
-  template <ThreadGroup Group>
-  FLASHMOE_ROLE void finish(const Group& group, const Work& work) {
-    group.sync();
-    if (group.rank() != 0) return;
+  // Tells the others that `work` is done; by one thread, once all who wrote its results have met.
+  FLASHMOE_ROLE void finish(const Work& work) {
     RowBlock& block = c_.ws.ring[work.index];
     // Each tile releases its columns into the counter; the last arriver acquires them all and hands them on.
     if (work.kind == WorkKind::kUpTile) {

@@ -16,8 +16,12 @@ enum class TraceKind : uint32_t {
   kPublished = 17,  // in this step row blocks below `sequence` became runnable
 };
 
+// Times are of the platform's clock. One crew's pieces of work do not overlap; where loaders fetch for it, what they do
+// for the next piece overlaps with what it does for this one, and only their beginning is noted.
 struct TraceEvent {
-  uint64_t begin_ns, end_ns;  // of the platform's clock
+  uint64_t begin_ns;  // the crew takes the work up
+  uint64_t end_ns;    // its results are written, and nobody has been told: whoever needs them begins after that
+  uint64_t loads_ns;  // the loading of a tile's operands begins: with the tile, or before it where there are loaders
   uint32_t kind;
   int32_t index, part;
   int32_t expert;     // local, of a tile; else -1
@@ -26,9 +30,10 @@ struct TraceEvent {
 };
 
 // Where a worker's events go. What does not fit is counted alone.
-struct TraceBuffer {
+struct alignas(64) TraceBuffer {
   TraceEvent* events;
   uint32_t capacity, count;
+  TraceEvent current{};  // the piece of work in hand: not in the worker's registers, for it is seldom looked at
 };
 
 // One worker's notes; without a buffer it notes nothing and costs a look at a pointer.
@@ -42,13 +47,16 @@ class Tracer {
     const bool tile = work.kind == WorkKind::kUpTile || work.kind == WorkKind::kDownTile;
     // Once the last tile is done, its row block may be another's.
     const RowBlock* block = tile ? &c_.ws.ring[work.index] : nullptr;
-    current_ = {P::now_ns(), 0, uint32_t(work.kind), work.index, work.part, block ? block->local_expert : -1,
-                block ? block->num_rows : 0, block ? block->sequence : 0};
+    const uint64_t now = P::now_ns();
+    buffer_->current = {now, 0, now, uint32_t(work.kind), work.index, work.part, block ? block->local_expert : -1,
+                        block ? block->num_rows : 0, block ? block->sequence : 0};
   }
-  FLASHMOE_ROLE void ends() {
+  // Before others are told that the work is done. `loads_ns`: if others loaded for this worker.
+  FLASHMOE_ROLE void ends(uint64_t loads_ns = 0) {
     if (!buffer_) return;
-    current_.end_ns = P::now_ns();
-    add(current_);
+    buffer_->current.end_ns = P::now_ns();
+    if (loads_ns) buffer_->current.loads_ns = loads_ns;
+    add(buffer_->current);
   }
 
   // After the subscriber has moved on. What another worker has seen before may be noted again, later.
@@ -57,14 +65,14 @@ class Tracer {
     const uint64_t now = P::now_ns();
     for (int i = 1; i < c_.call.ep_size; ++i)
       if (const uint32_t chunks = P::load_acquire(&c_.ws.chunks_ready[i]))
-        add({now, now, uint32_t(TraceKind::kArrived), c_.call.canonical_source(i), int32_t(chunks), -1, 0, 0});
+        add({now, now, now, uint32_t(TraceKind::kArrived), c_.call.canonical_source(i), int32_t(chunks), -1, 0, 0});
   }
   // After a step in which the scheduler has moved on; others may have taken a block before the step's end.
   FLASHMOE_ROLE uint64_t now() const { return buffer_ ? P::now_ns() : 0; }
   FLASHMOE_ROLE void published(uint64_t since) {
     if (!buffer_) return;
     const uint32_t sequence = P::load_acquire(&c_.ws.counters->up.published);
-    add({since, P::now_ns(), uint32_t(TraceKind::kPublished), 0, 0, -1, 0, sequence});
+    add({since, P::now_ns(), since, uint32_t(TraceKind::kPublished), 0, 0, -1, 0, sequence});
   }
 
  private:
@@ -75,7 +83,6 @@ class Tracer {
 
   Context<P> c_;
   TraceBuffer* buffer_;
-  TraceEvent current_{};
 };
 
 }  // namespace flashmoe

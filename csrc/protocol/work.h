@@ -16,6 +16,11 @@ enum class WorkKind : uint32_t {
   kStop,       // there will be no more
 };
 
+// Else it is the processor's.
+FLASHMOE_HD constexpr bool is_of_dispatcher(WorkKind kind) {
+  return kind == WorkKind::kPlan || kind == WorkKind::kSendChunk;
+}
+
 struct Work {
   WorkKind kind = WorkKind::kNone;
   int32_t index = 0;

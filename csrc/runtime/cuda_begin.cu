@@ -12,6 +12,7 @@ __global__ void __launch_bounds__(kThreads) begin_kernel(gpu::RankState* ranks, 
   gpu::RankState& rank = ranks[blockIdx.x];
   Workspace workspace(mine.call, rank.layout, begin.machine, mine.workspace);
   workspace.row_offset = mine.row_offset;
+  if (threadIdx.x == 0) rank.trace = mine.trace;
   gpu::begin_call(gpu::WholeBlock{}, rank, mine.call, workspace, {mine.ids, mine.ids_bytes, mine.ids_out});
 }
 

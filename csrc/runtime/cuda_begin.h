@@ -12,6 +12,7 @@ struct BeginRank {
   const void* ids;       // as they came
   int ids_bytes;         // 4 or 8
   int32_t* ids_out;      // as the protocol knows them: the call's topk_ids
+  gpu::TraceLists trace;
 };
 
 // The kernel's parameters.

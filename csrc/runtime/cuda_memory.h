@@ -54,6 +54,11 @@ class DeviceMemory {
       throw std::runtime_error(
           "flashmoe: this call needs memory on the GPU that none before it needed, and while a CUDA graph is captured "
           "there is none to be had. Make one call of the same layer, shapes and dtype before the capture");
+    return apart(bytes);
+  }
+
+  // Memory that no graph knows of: to be had and given back also while one is captured.
+  DeviceBuffer apart(size_t bytes) {
     const OutsideCaptures outside;
     void* data = nullptr;
     on_device_.reserve(on_device_.size() + 1);
@@ -108,8 +113,16 @@ class DeviceMemory {
 
   void give_up(DeviceBuffer& buffer) {
     if (!buffer.data || in_capture_) return;
+    if (replayable_)
+      buffer = {};
+    else
+      give_back(buffer);
+  }
+
+  // Of memory that no graph holds. Waits for the calls under way.
+  void give_back(DeviceBuffer& buffer) {
     void* data = std::exchange(buffer, {}).data;
-    if (replayable_) return;
+    if (!data) return;
     const OutsideCaptures outside;
     order_.wait_on_host();
     std::erase(on_device_, data);

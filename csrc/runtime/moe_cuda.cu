@@ -7,6 +7,7 @@
 #include "runtime/cuda_choice.h"
 #include "runtime/cuda_placement.h"
 #include "runtime/cuda_ranks.h"
+#include "runtime/cuda_trace.h"
 
 namespace flashmoe {
 namespace {
@@ -55,7 +56,8 @@ class CudaTeam::Impl {
         layout_(limits_),
         order_(CallOrder::of_device(device_)),
         memory_(device_, order_),
-        failures_(ranks_, memory_) {
+        failures_(ranks_, memory_),
+        trace_(memory_) {
     if (ranks_.count() > kMaxVirtualRanks)
       bad_argument("ep_size must be at most ", kMaxVirtualRanks, " on one GPU, got ", ep_size_);
     if (options.missing_ranks < 0 || options.missing_ranks >= ep_size_)
@@ -95,6 +97,7 @@ class CudaTeam::Impl {
     for (const ForwardArgs& a : args) check_rank(a, args[0]);
     const OnDevice here(device_);
     const CallOrder::Capture capture = CallOrder::capture_of(stream);
+    if (capture.active) trace_.refuse();
     memory_.begin_call(capture.active);
     if (!options_.limits) grow(args[0]);
 
@@ -137,6 +140,19 @@ class CudaTeam::Impl {
     const std::vector<uint32_t> rows = memory_.read<uint32_t>(
         known->second.row_offset.data + sizeof(uint32_t) * ep_size_ * experts, experts);
     return std::vector<uint64_t>(rows.begin(), rows.end());
+  }
+
+  void set_trace(uint32_t max_events) {
+    const std::lock_guard lock(order_.mutex);
+    const OnDevice here(device_);
+    trace_.set(max_events, ranks_.count(), blocks_per_rank_);
+  }
+
+  std::vector<std::vector<CudaTraceList>> trace() {
+    const std::lock_guard lock(order_.mutex);
+    const OnDevice here(device_);
+    order_.wait_on_host();
+    return trace_.read();
   }
 
  private:
@@ -236,6 +252,7 @@ class CudaTeam::Impl {
     c.topk_ids = begin.ids_out;
     begin.workspace = workspaces_[i].data + ids_bytes;
     begin.row_offset = reinterpret_cast<uint32_t*>(counts.row_offset.data);
+    begin.trace = trace_.of(i);
   }
 
   const CudaOptions options_;
@@ -248,6 +265,7 @@ class CudaTeam::Impl {
   CallOrder& order_;
   DeviceMemory memory_;
   CudaFailures failures_;
+  CudaTrace trace_;
   std::vector<DeviceBuffer> heaps_, workspaces_;  // of the ranks that are here
   gpu::RankState* states_ = nullptr;              // likewise, on the device
   Placements placements_;
@@ -266,6 +284,8 @@ void CudaTeam::check() { impl_->check(); }
 std::optional<std::vector<uint64_t>> CudaTeam::tokens_per_expert(int layer, int rank) {
   return impl_->tokens_per_expert(layer, rank);
 }
+void CudaTeam::set_trace(uint32_t max_events) { impl_->set_trace(max_events); }
+std::vector<std::vector<CudaTraceList>> CudaTeam::trace() { return impl_->trace(); }
 
 int num_cuda_devices() {
   int devices = 0;

@@ -37,6 +37,13 @@ struct CudaOptions {
   std::vector<std::shared_ptr<void>> keep;  // whatever holds the peers' memory
 };
 
+// What one writer noted of a traced call.
+struct CudaTraceList {
+  std::vector<TraceEvent> events;
+  uint32_t count;  // also of those for which there was no room
+  uint32_t multiprocessor;
+};
+
 class CudaTeam {
  public:
   // std::runtime_error: there is no such GPU, or not enough memory on it.
@@ -60,6 +67,13 @@ class CudaTeam {
   // Rows that each of the rank's experts computed in the last finished call of that layer, replays included; `rank` counts
   // the ranks that are here. Waits for the GPU. None if the layer has not been called.
   std::optional<std::vector<uint64_t>> tokens_per_expert(int layer, int rank);
+
+  // From the next call on each rank's blocks note what they do: at most so many events of each list. 0: no longer. A call
+  // that is captured cannot be traced; a graph captured before replays without notes.
+  void set_trace(uint32_t max_events);
+  // Of the last call since, for which this waits: by rank that is here the lists of kernel/block_trace.h. None
+  // while nothing is traced.
+  std::vector<std::vector<CudaTraceList>> trace();
 
  private:
   class Impl;

@@ -75,6 +75,7 @@ class SimRank {
     bool perform() {
       if (posted.empty()) return false;
       crew.perform(posted.front());
+      crew.finish(posted.front());
       posted.pop_front();
       return true;
     }

@@ -17,12 +17,20 @@ struct SimtOptions {
   Deadlines deadlines{300'000'000, 600'000'000};
   uint64_t last_epoch = 0;
   int mapped_together = 0;  // so many ranks at a time have each other's memory mapped; 0: all have
+  uint32_t max_events = 0;  // of each list of the last call's trace
+};
+
+// A rank's lists, as gpu::TraceLists orders them.
+struct SimtTrace {
+  std::vector<std::vector<TraceEvent>> lists;  // what was kept
+  std::vector<gpu::TraceEnd> ends;
 };
 
 struct SimtOutcome {
   std::string misuse;                                // what the machine threw, if it did
   std::vector<std::vector<std::vector<float>>> y;    // [call][rank]
   std::vector<Status> status;                        // by rank, of the call that failed
+  std::vector<SimtTrace> traces;                     // by rank, of the last call, if asked for
   bool ok() const {
     for (const Status& s : status)
       if (s.failure) return false;
@@ -54,8 +62,9 @@ class SimtTeam {
         if (!error.empty()) throw std::runtime_error(error);
       }
     }
+    events_.resize(options.ep_size), ends_.resize(options.ep_size);
     for (int r = 0; r < options.ep_size; ++r)
-      ranks_.push_back({{}, layout_, *calls_[0][r]->workspace, places_[r].peers(), options.deadlines, options.last_epoch, {}, nullptr});
+      ranks_.push_back({{}, layout_, *calls_[0][r]->workspace, places_[r].peers(), options.deadlines, options.last_epoch, {}, nullptr, lists_of(r)});
   }
 
   // As the product does it: a grid for each call.
@@ -125,6 +134,21 @@ class SimtTeam {
     return m;
   }
 
+  gpu::TraceLists lists_of(int rank) {
+    if (!options_.max_events) return {};
+    const int lists = gpu::TraceLists::num_lists(options_.blocks_per_rank);
+    events_[rank].resize(size_t(lists) * options_.max_events), ends_[rank].resize(lists);
+    return {events_[rank].data(), ends_[rank].data(), options_.max_events};
+  }
+  SimtTrace trace_of(int rank) const {
+    SimtTrace trace{{}, ends_[rank]};
+    for (size_t list = 0; list < ends_[rank].size(); ++list) {
+      const TraceEvent* events = events_[rank].data() + list * options_.max_events;
+      trace.lists.emplace_back(events, events + std::min(ends_[rank][list].count, options_.max_events));
+    }
+    return trace;
+  }
+
   static size_t shared_stride() { return round_up(sizeof(typename Kernel::Shared), 1024); }
   int grid() const { return options_.ep_size * options_.blocks_per_rank; }
 
@@ -156,6 +180,7 @@ class SimtTeam {
       for (auto& rank : call) o.y.back().push_back(rank->y());
     }
     for (const gpu::RankState& rank : ranks_) o.status.push_back(rank.failure);
+    for (int r = 0; r < options_.ep_size; ++r) o.traces.push_back(trace_of(r));
     return o;
   }
 
@@ -166,6 +191,8 @@ class SimtTeam {
   std::optional<gpu::simt::RemoteNetwork> network_;
   std::vector<std::vector<std::unique_ptr<RankCall>>> calls_;  // [call][rank]
   std::vector<std::vector<typename E::Operands>> operands_;         // [call][rank]
+  std::vector<std::vector<TraceEvent>> events_;  // by rank
+  std::vector<std::vector<gpu::TraceEnd>> ends_;
   std::vector<gpu::RankState> ranks_;
   std::vector<uint32_t> arrived_;
 };

@@ -49,7 +49,7 @@ __global__ void everywhere(uint32_t* words, uint64_t* long_words, float* floats,
 
   const uint32_t mask = ballot(t % 3) ^ match_any(uint32_t(t) / 4);
   words[t] = shuffle(mask, 3) + shuffle_up(mask, 1) + shuffle_down(mask, 2) + shuffle_xor(mask, 16);
-  long_words[t] = shuffle(long_words[t], 1) + count_bits(mask) + lowest_bit(mask | 1) + num_blocks();
+  long_words[t] = shuffle(long_words[t], 1) + count_bits(mask) + lowest_bit(mask | 1) + num_blocks() + multiprocessor();
   sync_warp();
   memory_order(words + t);
   memory_order(long_words + t);
