@@ -40,7 +40,7 @@ class PlannedRanks {
     }
     for (int r = 0; r < ep_size; ++r) {
       Dispatcher<P> dispatcher(context(r));
-      dispatcher.perform(Alone{}, {WorkKind::kPlan, 0, 0});
+      perform(dispatcher, {WorkKind::kPlan, 0, 0});
       send_all(r, dispatcher);
     }
     build_lists(1);
@@ -145,8 +145,12 @@ class PlannedRanks {
     for (int i = 1; i < rank.call.ep_size; ++i) {
       const int d = rank.call.canonical_source(i);
       for (uint32_t chunk = 0; chunk * kChunkRows < rank.ws->num_slots[d]; ++chunk)
-        dispatcher.perform(Alone{}, {WorkKind::kSendChunk, d, int(chunk)});
+        perform(dispatcher, {WorkKind::kSendChunk, d, int(chunk)});
     }
+  }
+  static void perform(Dispatcher<P>& dispatcher, const Work& work) {
+    dispatcher.perform(Alone{}, work);
+    dispatcher.finish(work);
   }
 
   template <class To>
