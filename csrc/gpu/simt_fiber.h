@@ -11,6 +11,7 @@
 #include <utility>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -74,7 +75,10 @@ class Fiber {
     makecontext(&inside_, &Fiber::entry, 0);
 #endif
   }
-  ~Fiber() { munmap(mapped_, mapped_bytes_); }
+  ~Fiber() {
+    forget_frames();
+    munmap(mapped_, mapped_bytes_);
+  }
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 
@@ -126,9 +130,12 @@ class Fiber {
     __sanitizer_finish_switch_fiber(fake, &bottom, &bytes);
     if (bottom != stack_) outside_bottom_ = bottom, outside_bytes_ = bytes;
   }
+  // The last frames are left and never returned from: the next stack at this address must not inherit their red zones.
+  void forget_frames() { __asan_unpoison_memory_region(stack_, kStackBytes); }
 #else
   static void begin_switch(void**, const void*, size_t) {}
   void end_switch(void*) {}
+  void forget_frames() {}
 #endif
 
   std::function<void()> body_;

@@ -188,6 +188,22 @@ void seeds_repeat() {
   check(held.use_count() == 1, "stacks are unwound");
 }
 
+#if defined(__SANITIZE_ADDRESS__)
+// A later thread's stack may lie where this one's lay, and frames that never return leave red zones.
+void stacks_are_left_clean() {
+  constexpr size_t kBytes = 64;
+  char* below = nullptr;
+  auto fiber = std::make_unique<gpu::simt::Fiber>([&below] {
+    below = static_cast<char*>(__builtin_frame_address(0)) - 8192;
+    __asan_poison_memory_region(below, kBytes);
+  });
+  fiber->enter();
+  check(__asan_region_is_poisoned(below, kBytes) != nullptr, "the stack has a red zone");
+  fiber.reset();
+  check(__asan_region_is_poisoned(below, kBytes) == nullptr, "and leaves none behind");
+}
+#endif
+
 }  // namespace
 
 int main() {
@@ -199,5 +215,8 @@ int main() {
   run_test("TimeFliesWhenAllWait", time_flies_when_all_wait);
   run_test("MisuseIsNamed", misuse_is_named);
   run_test("SeedsRepeat", seeds_repeat);
+#if defined(__SANITIZE_ADDRESS__)
+  run_test("StacksAreLeftClean", stacks_are_left_clean);
+#endif
   return finish();
 }
