@@ -8,18 +8,33 @@ namespace flashmoe::micro {
 
 using P = HostPlatform;
 
+inline constexpr uint32_t kRing = 16, kPlaces = num_down_places(kRing);
+
+// The scheduler's part, of row blocks that come one by one.
+struct Publisher {
+  UpQueue up{};
+  Bundle bundles[num_bundle_places(kRing)] = {};
+
+  void publish(uint32_t block) {
+    bundles[block % num_bundle_places(kRing)] = {block, 1};
+    P::store_release(&up.published, block + 1);
+  }
+  bool take(uint32_t tiles, uint32_t& ticket, TileTask& task) {
+    return take_up<P>(up, bundles, kRing, tiles, ticket, task);
+  }
+};
+
 // Seconds of each of about `n` tiles that one worker alone takes, of row blocks of `tiles` up and as many down tiles.
 inline double take_alone(uint32_t tiles, int n) {
-  constexpr uint32_t kRing = 16, kPlaces = num_down_places(kRing);
-  UpQueue up{};
+  Publisher publisher;
   DownQueue down{};
   uint64_t entries[kPlaces] = {};
   uint32_t up_ticket = kNoTicket, down_ticket = kNoTicket, wrong = 0;
   TileTask task;
   const double seconds = seconds_each(int(ceil_div<uint32_t>(n, 2 * tiles)), [&](int block) {
-    P::store_release(&up.published, uint32_t(block + 1));
+    publisher.publish(uint32_t(block));
     for (uint32_t tile = 0; tile < tiles; ++tile)
-      wrong += !take_up<P>(up, kRing, tiles, up_ticket, task) || task.tile != int(tile);
+      wrong += !publisher.take(tiles, up_ticket, task) || task.tile != int(tile);
     push_down<P>(down, entries, kPlaces, block % kRing);
     for (uint32_t tile = 0; tile < tiles; ++tile)
       wrong += !take_down<P>(down, entries, kPlaces, tiles, down_ticket, task) || task.tile != int(tile);
@@ -32,12 +47,14 @@ inline double take_alone(uint32_t tiles, int n) {
 inline double take_together(int workers, uint32_t tiles, int n) {
   const uint32_t blocks = ceil_div<uint32_t>(n, tiles);
   UpQueue up{.published = blocks, .head = 0};
+  std::vector<Bundle> bundles(num_bundle_places(blocks));
+  for (uint32_t block = 0; block < blocks; ++block) bundles[block] = {block, 1};
   std::atomic<uint64_t> numbers{0}, begin{0}, last{0};
   together(workers, [&](int worker) {
     if (worker == 0) begin = P::now_ns();
     uint32_t ticket = kNoTicket;
     uint64_t sum = 0;
-    for (TileTask task; take_up<P>(up, blocks, tiles, ticket, task);)
+    for (TileTask task; take_up<P>(up, bundles.data(), blocks, tiles, ticket, task);)
       sum += uint64_t(task.ring_slot) * tiles + task.tile;
     numbers += sum;
     const uint64_t now = P::now_ns();
@@ -53,8 +70,7 @@ inline double take_together(int workers, uint32_t tiles, int n) {
 // Seconds from one worker's publishing of a tile to another's having it: half of a row block's way to the other thread
 // as an up tile, and back as a down tile.
 inline double hand_off(int n) {
-  constexpr uint32_t kRing = 16, kPlaces = num_down_places(kRing);
-  UpQueue up{};
+  Publisher publisher;
   DownQueue down{};
   uint64_t entries[kPlaces] = {};
   return 0.5 * together(2, [&](int thread) {
@@ -62,10 +78,10 @@ inline double hand_off(int n) {
     TileTask task;
     return seconds_each(n, [&](int block) {
       if (thread == 0) {
-        P::store_release(&up.published, uint32_t(block + 1));
+        publisher.publish(uint32_t(block));
         await([&] { return take_down<P>(down, entries, kPlaces, 1, ticket, task); });
       } else {
-        await([&] { return take_up<P>(up, kRing, 1, ticket, task); });
+        await([&] { return publisher.take(1, ticket, task); });
         push_down<P>(down, entries, kPlaces, task.ring_slot);
       }
       if (task.ring_slot != block % kRing) throw std::logic_error("another tile than the one that was handed over");

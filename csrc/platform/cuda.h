@@ -53,7 +53,7 @@ class CudaPlatform {
   FLASHMOE_DEVICE bool quiet() { return true; }
   FLASHMOE_DEVICE void release_when_landed(uint32_t* word, uint32_t value) { store_release(word, value); }
   template <class Lanes>
-  FLASHMOE_DEVICE void settle(const Lanes&, uint32_t) {}
+  FLASHMOE_DEVICE void settle(const Lanes&, uint32_t, uint32_t) {}
   FLASHMOE_DEVICE bool peer_alive(int) { return true; }  // a GPU cannot tell; the deadline will
 
   FLASHMOE_DEVICE static uint64_t now_ns() { return gpu::now_ns(); }

@@ -66,7 +66,7 @@ class HostPlatform {
     network_ ? network_->release_when_landed(word, value) : store_release(word, value);
   }
   template <class Lanes>
-  void settle(const Lanes&, uint32_t) {}  // the network releases what has landed by itself
+  void settle(const Lanes&, uint32_t, uint32_t) {}  // the network releases what has landed by itself
   bool staged() const { return network_ != nullptr; }
   bool peer_alive(int pe) { return mapped(pe) ? peers_[pe].alive() : network_->alive(pe) && peers_[pe].alive(); }
   // A peer that a commit is still under way to, if not quiet.

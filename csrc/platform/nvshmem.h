@@ -58,15 +58,18 @@ class NvshmemPlatform : public CudaPlatform {
 
   // Asked early, when half the ring has been used since: the other half is room until the answer.
   template <class Lanes>
-  FLASHMOE_DEVICE void settle(const Lanes& lanes, uint32_t sequence) {
+  FLASHMOE_DEVICE void settle(const Lanes& lanes, uint32_t first, uint32_t num) {
     enum : uint32_t { kNothing, kAsk, kRelease };
     Counters& n = *ws_.counters;
     const uint32_t slots = ws_.ring_blocks;
+    bool missing = lanes.rank() == 0 && is_on_its_way(first + slots / 2);
+    for (uint32_t b = lanes.rank(); b < num; b += lanes.size()) missing = missing || is_on_its_way(first + b);
+    missing = !lanes.all(!missing);
     uint32_t todo = kNothing;
     if (lanes.rank() == 0) {
       if (n.settling)
         todo = gpu::remote_quiet_done(my_pe_, n.settle_ticket) ? kRelease : kNothing;
-      else if (is_on_its_way(sequence) || is_on_its_way(sequence + slots / 2))
+      else if (missing)
         todo = kAsk;
     }
     todo = lanes.broadcast(todo);

@@ -13,8 +13,8 @@
 //   release_when_landed(word, value)
 //                               store_release(word, value), of ring_free, once every commit of results that this worker
 //                               made so far has landed
-//   settle(lanes, sequence)     by the scheduler, while the row block of that number waits for a ring slot or for its
-//                               rows: sees to those landings, where the transport tells of none by itself
+//   settle(lanes, first, num)   by the scheduler, while the `num` row blocks from number `first` on wait for ring slots
+//                               or for their rows: sees to those landings, where the transport tells of none by itself
 //   test_signal(offset)         a word of my own heap; if it is the awaited one, what it announces may be read.
 //                               A verb of its own: over RDMA the ordering lives inside the transport's test.
 #pragma once
@@ -42,7 +42,7 @@ concept Platform = requires(P& p, const P& cp, uint64_t* word64, uint32_t* word3
   p.commit(pe, n, bytes, n, n, uint64_t{}, Traffic::kRows);
   { p.quiet() } -> std::same_as<bool>;
   p.release_when_landed(word32, uint32_t{});
-  p.settle(group, uint32_t{});
+  p.settle(group, uint32_t{}, uint32_t{});
   { cp.test_signal(n) } -> std::same_as<uint64_t>;
   P::copy(group, bytes, bytes, n);  // by all threads of a group, which then still have to meet
   { P::now_ns() } -> std::same_as<uint64_t>;

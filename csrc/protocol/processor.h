@@ -77,7 +77,7 @@ class Processor {
     if (take_down<P>(ws.counters->down, ws.down_entries, num_down_places(ws.ring_blocks), tiles_.down_tiles,
                      down_ticket_, task))
       return {WorkKind::kDownTile, int32_t(task.ring_slot), task.tile};
-    if (take_up<P>(ws.counters->up, ws.ring_blocks, tiles_.up_tiles, up_ticket_, task))
+    if (take_up<P>(ws.counters->up, ws.bundles, ws.ring_blocks, tiles_.up_tiles, up_ticket_, task))
       return {WorkKind::kUpTile, int32_t(task.ring_slot), task.tile};
     return {};
   }

@@ -2,7 +2,8 @@
 //
 // Row block b of an expert is rows [b · kBlockM, (b + 1) · kBlockM) of its canonical list: its members depend
 // on the routing alone, never on arrival. It is published once its rows are here and it owns a ring slot, so
-// memory is bounded under any skew; a slot always comes free, because down tiles wait for nothing.
+// memory is bounded under any skew; a slot always comes free, because down tiles wait for nothing. Blocks of one
+// expert that are runnable at one time are published as bundles (protocol/task.h).
 #pragma once
 
 #include "protocol/group.h"
@@ -28,20 +29,20 @@ class Scheduler {
     const uint32_t known = lanes.broadcast(lanes.rank() == 0 ? P::load_acquire(&n.headers_known) : 0u);
     const int experts = c_.call.num_local_experts();
     const bool all_here = known_rows_are_here(lanes, known);
-    bool all_published = known == uint32_t(c_.call.ep_size);
+    bool all_published = known == uint32_t(c_.call.ep_size), room = true;
     for (int first = 0; first < experts; first += lanes.size()) {
       const int expert = first + lanes.rank();
       if (all_here) {
         publish_together(lanes, expert, known);
       } else {
         lanes.for_each_true(is_waiting(expert, known), [&](int rank) {
-          while (publish_next(lanes, first + rank, known)) {
+          while (room && publish_bundle(lanes, first + rank, known, room)) {
           }
         });
       }
       all_published = lanes.all(all_published && !is_waiting(expert, known));
     }
-    if (!all_published) c_.platform.settle(lanes, n.up.published);
+    if (!all_published) c_.platform.settle(lanes, n.up.published, most_blocks());
     const bool progress = n.up.published != before || all_published;
     lanes.sync();
     if (lanes.rank() == 0) {
@@ -75,9 +76,26 @@ class Scheduler {
     return lanes.all(here);
   }
 
+  // That can be cut from an expert's rows; the last may be short, but only when no source can add to it any more.
+  FLASHMOE_ROLE uint32_t num_blocks(uint32_t begin, uint32_t end, uint32_t known) const {
+    return begin < end ? (end - begin + (known == uint32_t(c_.call.ep_size) ? kBlockM - 1 : 0)) / kBlockM : 0;
+  }
+
+  FLASHMOE_ROLE uint32_t most_blocks() const { return max_bundle_blocks(c_.ws.ring_blocks); }
+  FLASHMOE_ROLE static uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
+
+  FLASHMOE_ROLE bool owns_slot(uint32_t sequence) const {
+    return P::load_acquire(&c_.ws.ring_free[sequence % c_.ws.ring_blocks]) == sequence;
+  }
+
   FLASHMOE_ROLE RowBlock block_at(int expert, uint32_t row, uint32_t end, uint32_t known, uint32_t sequence) const {
     const uint32_t rows = row + kBlockM < end ? kBlockM : end - row;
     return {expert, row, rows, int32_t(known), sequence, tiles_.up_tiles, tiles_.down_tiles};
+  }
+
+  FLASHMOE_ROLE void describe(const RowBlock& block, Bundle bundle) {
+    c_.ws.ring[block.sequence % c_.ws.ring_blocks] = block;
+    c_.ws.bundles[block.sequence % num_bundle_places(c_.ws.ring_blocks)] = bundle;
   }
 
   // All blocks of the lanes' experts that own ring slots, in the order of the experts. One after another they would
@@ -87,18 +105,21 @@ class Scheduler {
     Workspace& ws = c_.ws;
     const bool waiting = is_waiting(expert, known);
     const uint32_t begin = waiting ? next_row(expert) : 0, end = waiting ? rows_known(expert, known) : 0;
-    const bool last_is_known = known == uint32_t(c_.call.ep_size);
-    const uint32_t blocks = (end - begin + (last_is_known ? kBlockM - 1 : 0)) / kBlockM;
-    const uint32_t published = ws.counters->up.published;
+    const uint32_t blocks = num_blocks(begin, end, known), published = ws.counters->up.published;
     uint32_t all;
     const uint32_t first = published + lanes.exclusive_sum(blocks, all);
     if (all == 0) return;
     uint32_t num = 0;
-    while (num < blocks && P::load_acquire(&ws.ring_free[(first + num) % ws.ring_blocks]) == first + num) ++num;
-    // Sequences have no gaps: after the first lane that lacks a slot none publishes.
-    if (lanes.rank() > lanes.leading(num == blocks)) num = 0;
-    for (uint32_t b = 0; b < num; ++b)
-      ws.ring[(first + b) % ws.ring_blocks] = block_at(expert, begin + b * kBlockM, end, known, first + b);
+    while (num < blocks && owns_slot(first + num)) ++num;
+    // Sequences have no gaps: after the first lane that lacks a slot none publishes, and that one only whole bundles.
+    const int last = lanes.leading(num == blocks);
+    if (lanes.rank() == last) num -= num % most_blocks();
+    if (lanes.rank() > last) num = 0;
+    for (uint32_t begun = 0; begun < num; begun += most_blocks()) {
+      const uint32_t together = smaller(num - begun, most_blocks());
+      for (uint32_t b = begun; b < begun + together; ++b)
+        describe(block_at(expert, begin + b * kBlockM, end, known, first + b), {first + begun, together});
+    }
     if (num) ws.next_block[expert] += num;
     lanes.exclusive_sum(num, all);
     lanes.sync();
@@ -106,22 +127,27 @@ class Scheduler {
     lanes.sync();
   }
 
+  // As many of the expert's next blocks as are here, up to a bundle; once there is room for a whole one. Until then no
+  // other expert may take its slots.
   template <LaneGroup Lanes>
-  FLASHMOE_ROLE bool publish_next(const Lanes& lanes, int expert, uint32_t known) {
+  FLASHMOE_ROLE bool publish_bundle(const Lanes& lanes, int expert, uint32_t known, bool& room) {
     Workspace& ws = c_.ws;
-    const uint32_t begin = next_row(expert), end = rows_known(expert, known);
-    if (begin >= end) return false;
-    // The last block of the list may be short, but only when no source can add to it any more.
-    if (begin + kBlockM > end && known < uint32_t(c_.call.ep_size)) return false;
+    const uint32_t begin = next_row(expert), end = rows_known(expert, known), first = ws.counters->up.published;
+    const uint32_t most = smaller(num_blocks(begin, end, known), most_blocks());
+    bool owned = true;
+    for (uint32_t b = lanes.rank(); b < most; b += lanes.size()) owned = owned && owns_slot(first + b);
+    room = lanes.all(owned);
+    if (!room) return false;
 
-    const uint32_t sequence = ws.counters->up.published, slot = sequence % ws.ring_blocks;
-    const RowBlock block = block_at(expert, begin, end, known, sequence);
-    if (!lanes.all(lanes.rank() != 0 || P::load_acquire(&ws.ring_free[slot]) == sequence)) return false;
-    if (!lanes.all(rows_are_here(lanes, block))) return false;
+    const auto block = [&](uint32_t b) { return block_at(expert, begin + b * kBlockM, end, known, first + b); };
+    uint32_t num = 0;
+    while (num < most && lanes.all(rows_are_here(lanes, block(num)))) ++num;
+    if (num == 0) return false;
+    for (uint32_t b = lanes.rank(); b < num; b += lanes.size()) describe(block(b), {first, num});
+    lanes.sync();
     if (lanes.rank() == 0) {
-      ws.ring[slot] = block;
-      ++ws.next_block[expert];
-      P::store_release(&ws.counters->up.published, sequence + 1);
+      ws.next_block[expert] += num;
+      P::store_release(&ws.counters->up.published, first + num);
     }
     lanes.sync();
     return true;

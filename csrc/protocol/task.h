@@ -2,7 +2,12 @@
 //
 // A row block is up to kBlockM rows of one expert's canonical list. It is worth `num_up_tiles` up tasks; the
 // last of them to end makes its `num_down_tiles` down tasks runnable; the last of those returns the rows.
-// A task is a ticket: ticket t of a queue is tile t % tiles of the queue's block t / tiles.
+// A task is a ticket: ticket t of the down queue is tile t % tiles of the queue's block t / tiles.
+//
+// Row blocks of one expert that are published together are a bundle. Its up tickets go through all its blocks before
+// they go on to the next columns: workers then read the same weights at one time, and memory gives them once for the
+// bundle and not once for each block. The blocks of a bundle end their up tiles together, so for down tiles it is the
+// same without.
 #pragma once
 
 #include "protocol/config.h"
@@ -19,11 +24,27 @@ struct RowBlock {
   uint32_t down_tiles_left;  // arrival counter: the last arriver returns the block's rows
 };
 
-// Blocks in the order in which the scheduler published them: block b lies in ring slot b % ring_blocks.
+// Sequence numbers `first` to `first + blocks`, exclusive.
+struct Bundle {
+  uint32_t first, blocks;
+};
+
+// A bundle waits until it owns all its ring slots. Four fit into the ring, so that some compute while it waits.
+FLASHMOE_HD constexpr uint32_t max_bundle_blocks(uint32_t ring_blocks) {
+  return ring_blocks < 8 ? 1 : ring_blocks < 32 ? ring_blocks / 4 : 8;
+}
+
+// Blocks in the order in which the scheduler published them: block b lies in ring slot b % ring_blocks, and its bundle
+// is known at place b % num_bundle_places.
 struct UpQueue {
   uint32_t published;  // blocks; one writer, the scheduler
   uint32_t head;       // next ticket
 };
+
+// A ticket names a bundle by one of its blocks, not always by the one whose tile it is. As long as that tile is not
+// computed, no block from its own number + ring_blocks on is published. That number is less than the named one +
+// ring_blocks, so the place is not overwritten.
+FLASHMOE_HD constexpr uint32_t num_bundle_places(uint32_t ring_blocks) { return 2 * ring_blocks; }
 
 // Blocks in the order in which their up tiles ended. Entry p is (p + 1) << 32 | ring slot, so that a reader
 // sees at once whether it is the entry it looks for.
@@ -50,7 +71,8 @@ inline constexpr uint32_t kNoTicket = ~0u;
 
 // Takes the next up tile if it is runnable.
 template <class P>
-FLASHMOE_ROLE bool take_up(UpQueue& queue, uint32_t ring_blocks, uint32_t tiles, uint32_t& ticket, TileTask& task) {
+FLASHMOE_ROLE bool take_up(UpQueue& queue, const Bundle* bundles, uint32_t ring_blocks, uint32_t tiles,
+                           uint32_t& ticket, TileTask& task) {
   uint32_t published = P::load_acquire(&queue.published);
   if (ticket == kNoTicket) {
     if (P::load_acquire(&queue.head) / tiles >= published) return false;
@@ -58,7 +80,9 @@ FLASHMOE_ROLE bool take_up(UpQueue& queue, uint32_t ring_blocks, uint32_t tiles,
   }
   const uint32_t block = ticket / tiles;
   if (block >= published) return false;
-  task = {block % ring_blocks, int32_t(ticket % tiles)};
+  const Bundle bundle = bundles[block % num_bundle_places(ring_blocks)];
+  const uint32_t place = ticket - bundle.first * tiles;
+  task = {(bundle.first + place % bundle.blocks) % ring_blocks, int32_t(place / bundle.blocks)};
   ticket = kNoTicket;
   return true;
 }

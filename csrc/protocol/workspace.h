@@ -89,6 +89,7 @@ struct Workspace {
   uint32_t* next_block;    // [num_local_experts] blocks published so far
   RowBlock* ring;          // [ring_blocks]
   uint32_t* ring_free;     // [ring_blocks] sequence number of the block that may use the slot next
+  Bundle* bundles;         // [num_bundle_places] of each block
   uint64_t* down_entries;  // [num_down_places]
   float* hidden;           // [ring_blocks, kBlockM, hidden_stride] activated up-tile outputs, of the engine's type
 
@@ -136,6 +137,7 @@ struct Workspace {
     region(next_block, local);
     region(ring, ring_blocks);
     region(ring_free, ring_blocks);
+    region(bundles, num_bundle_places(ring_blocks));
     region(down_entries, num_down_places(ring_blocks));
     region(hidden, ring_blocks * kBlockM * hidden_stride);
     ring_sent = ring_landing = nullptr, packet_stage = result_stage = nullptr;

@@ -7,6 +7,7 @@ from .row_blocks import RowBlocks, followed_source
 from .workload import Workload
 
 COMBINE_TOKENS = 16  # kCombineTokens of csrc/protocol/config.h
+BUNDLE_BLOCKS = 8  # max_bundle_blocks of csrc/protocol/task.h, where the ring is large
 
 
 class Rank:
@@ -45,9 +46,11 @@ class Rank:
         most = len(blocks.rows)
         self.ring_blocks = max(1, min(ring_blocks, most))
         self.ring_free = list(range(self.ring_blocks))
+        self.bundle_blocks = max(1, min(BUNDLE_BLOCKS, self.ring_blocks // 4))
         self.sequence_of: dict[int, int] = {}
         # processors
         self.up_queue: list[int] = []
+        self.bundle_of: list[tuple[int, int]] = []  # (first, blocks) of each place of the queue
         self.down_queue: list[int] = []
         self.up_head = self.down_head = 0
         self.up_left = [self.up_tiles] * most
@@ -90,27 +93,40 @@ class Rank:
 
     # ---- Scheduler.
     def publish(self) -> int:
-        """Cut runnable row blocks, by expert in ascending order, as far as ring slots are free; how many."""
+        """Cut runnable row blocks into bundles, by expert in ascending order, as far as ring slots are free; how many."""
         before = self.published
         finished = False
-        ring_free, ring = self.ring_free, self.ring_blocks
         for expert in self.waiting_experts:
-            if ring_free[self.published % ring] != self.published:
+            room, end = True, self.blocks.expert_begin[expert + 1]
+            while left := end - self.next_block[expert]:
+                most = min(left, self.bundle_blocks)
+                room = self._has_slots(most)
+                if not room or not self._publish_bundle(expert, most):
+                    break
+            finished |= not left
+            if not room:  # and no other expert may take them
                 break
-            block, end = self.next_block[expert], self.blocks.expert_begin[expert + 1]
-            while block < end and ring_free[self.published % ring] == self.published and self._is_here(expert, block):
-                self.sequence_of[block] = self.published
-                self.up_queue.append(block)
-                self.published += 1
-                block += 1
-                if block < end:
-                    self.next_run[expert] = self.blocks.run_begin[block]
-            self.next_block[expert] = block
-            finished |= block == end
         if finished:
             last = self.blocks.expert_begin
             self.waiting_experts = [e for e in self.waiting_experts if self.next_block[e] < last[e + 1]]
         return self.published - before
+
+    def _has_slots(self, blocks: int) -> bool:
+        numbers = range(self.published, self.published + blocks)
+        return all(self.ring_free[number % self.ring_blocks] == number for number in numbers)
+
+    def _publish_bundle(self, expert: int, most: int) -> int:
+        first, block, end = self.published, self.next_block[expert], self.blocks.expert_begin[expert + 1]
+        while self.published < first + most and self._is_here(expert, block):
+            self.sequence_of[block] = self.published
+            self.up_queue.append(block)
+            self.published += 1
+            block += 1
+            if block < end:
+                self.next_run[expert] = self.blocks.run_begin[block]
+        self.next_block[expert] = block
+        self.bundle_of += [(first, self.published - first)] * (self.published - first)
+        return self.published - first
 
     def _is_here(self, expert: int, block: int) -> bool:
         blocks, here = self.blocks, self.chunks_here
@@ -131,11 +147,13 @@ class Rank:
         return self.down_queue[place], tile
 
     def next_up(self) -> tuple[int, int] | None:
-        place, tile = divmod(self.up_head, self.up_tiles)
+        place = self.up_head // self.up_tiles
         if place == len(self.up_queue):
             return None
+        first, blocks = self.bundle_of[place]
+        tile, block = divmod(self.up_head - first * self.up_tiles, blocks)
         self.up_head += 1
-        return self.up_queue[place], tile
+        return self.up_queue[first + block], tile
 
     def tiles_waiting(self) -> int:
         """That some worker could take now."""

@@ -1,5 +1,6 @@
 // The ready queues under contention: every tile is taken once, a block's down tiles only after all its up tiles,
-// and no entry is overwritten while one of its tickets is still to be turned into a tile.
+// and no entry is overwritten while one of its tickets is still to be turned into a tile. Blocks come in bundles, which
+// share columns.
 #include <memory>
 
 #include "harness.h"
@@ -48,6 +49,7 @@ bool every_tile_once(const Sizes& s, uint64_t patience_ns = 20'000'000'000) {
   UpQueue up{};
   DownQueue down{};
   std::vector<uint64_t> entries(places, 0);
+  std::vector<Bundle> bundles(num_bundle_places(s.ring_blocks));
   std::vector<uint32_t> ring_free(s.ring_blocks), block_in(s.ring_blocks), up_left(s.ring_blocks), down_left(s.ring_blocks);
   for (uint32_t r = 0; r < s.ring_blocks; ++r) ring_free[r] = r;
   auto up_taken = std::make_unique<std::atomic<int>[]>(s.blocks * s.up_tiles);
@@ -56,12 +58,18 @@ bool every_tile_once(const Sizes& s, uint64_t patience_ns = 20'000'000'000) {
   std::atomic<bool> wrong{false};
 
   auto publish = [&] {
-    const uint32_t block = up.published, slot = block % s.ring_blocks;
-    if (block == s.blocks || HostPlatform::load_acquire(&ring_free[slot]) != block) return false;
-    HostPlatform::store_release(&block_in[slot], block);
-    HostPlatform::store_release(&up_left[slot], s.up_tiles), HostPlatform::store_release(&down_left[slot], s.down_tiles);
-    HostPlatform::store_release(&up.published, block + 1);
-    return true;
+    const uint32_t first = up.published, most = max_bundle_blocks(s.ring_blocks);
+    const uint32_t blocks = std::min(1 + first / 3 % most, s.blocks - first);  // of every size
+    for (uint32_t block = first; block < first + blocks; ++block)
+      if (HostPlatform::load_acquire(&ring_free[block % s.ring_blocks]) != block) return false;
+    for (uint32_t block = first; block < first + blocks; ++block) {
+      const uint32_t slot = block % s.ring_blocks;
+      HostPlatform::store_release(&block_in[slot], block);
+      HostPlatform::store_release(&up_left[slot], s.up_tiles), HostPlatform::store_release(&down_left[slot], s.down_tiles);
+      bundles[block % bundles.size()] = {first, blocks};
+    }
+    HostPlatform::store_release(&up.published, first + blocks);
+    return blocks > 0;
   };
   auto work = [&](uint32_t& up_ticket, uint32_t& down_ticket) {
     TileTask task;
@@ -75,7 +83,7 @@ bool every_tile_once(const Sizes& s, uint64_t patience_ns = 20'000'000'000) {
       }
       return true;
     }
-    if (!take_up<P>(up, s.ring_blocks, s.up_tiles, up_ticket, task)) return false;
+    if (!take_up<P>(up, bundles.data(), s.ring_blocks, s.up_tiles, up_ticket, task)) return false;
     const uint32_t slot = task.ring_slot, block = HostPlatform::load_acquire(&block_in[slot]);
     if (up_taken[block * s.up_tiles + task.tile].fetch_add(1) != 0) wrong = true;
     if (HostPlatform::fetch_sub(&up_left[slot], 1) == 1) push_down<P>(down, entries.data(), places, slot);
@@ -98,7 +106,7 @@ bool every_tile_once(const Sizes& s, uint64_t patience_ns = 20'000'000'000) {
   for (uint32_t i = 0; i < s.blocks * s.down_tiles; ++i) once = once && down_taken[i] == 1;
   uint32_t ticket = kNoTicket;
   TileTask task;
-  return once && !take_up<P>(up, s.ring_blocks, s.up_tiles, ticket, task) &&
+  return once && !take_up<P>(up, bundles.data(), s.ring_blocks, s.up_tiles, ticket, task) &&
          !take_down<P>(down, entries.data(), places, s.down_tiles, ticket, task);
 }
 
@@ -130,7 +138,8 @@ void nothing_to_take() {
   uint64_t entries[4] = {};
   TileTask task{7, 7};
   uint32_t ticket = kNoTicket;
-  const auto up_tile = [&] { return take_up<HostPlatform>(up, 2, 3, ticket, task); };
+  const Bundle bundles[num_bundle_places(2)] = {{0, 1}};
+  const auto up_tile = [&] { return take_up<HostPlatform>(up, bundles, 2, 3, ticket, task); };
   const auto down_tile = [&] { return take_down<HostPlatform>(down, entries, 4, 3, ticket, task); };
   check(!up_tile() && !down_tile(), "empty queues");
   check(up.head == 0 && down.head == 0 && task.tile == 7, "a look at an empty queue changes nothing");
@@ -147,11 +156,12 @@ void nothing_to_take() {
 void early_tickets() {
   constexpr uint32_t kPlaces = num_down_places(2);
   UpQueue up{.published = 1, .head = 3};
+  const Bundle bundles[num_bundle_places(2)] = {{0, 1}, {1, 1}};
   uint32_t ticket = 3;
   TileTask task{7, 7};
-  check(!take_up<HostPlatform>(up, 2, 3, ticket, task) && ticket == 3 && up.head == 3, "its block is not published");
+  check(!take_up<HostPlatform>(up, bundles, 2, 3, ticket, task) && ticket == 3 && up.head == 3, "its block is not published");
   up.published = 2, up.head = 5;
-  check(take_up<HostPlatform>(up, 2, 3, ticket, task) && task.ring_slot == 1 && task.tile == 0, "the tile of an early ticket");
+  check(take_up<HostPlatform>(up, bundles, 2, 3, ticket, task) && task.ring_slot == 1 && task.tile == 0, "the tile of an early ticket");
   check(ticket == kNoTicket && up.head == 5, "and no other");
   DownQueue down{.tail = 0, .head = 2};
   uint64_t entries[kPlaces] = {};
@@ -162,12 +172,44 @@ void early_tickets() {
         "the first entry, after as many more as can be under way");
 }
 
+// Tickets go through all blocks of a bundle before they go on to the next columns.
+void bundles_share_columns() {
+  constexpr uint32_t kRing = 16, kTiles = 2;
+  std::vector<Bundle> bundles(num_bundle_places(kRing));
+  UpQueue up{.published = 4, .head = 0};
+  bundles[0] = bundles[1] = bundles[2] = {0, 3}, bundles[3] = {3, 1};
+  uint32_t ticket = kNoTicket;
+  TileTask task;
+  constexpr std::pair<uint32_t, int> kOrder[] = {{0, 0}, {1, 0}, {2, 0}, {0, 1}, {1, 1}, {2, 1}, {3, 0}, {3, 1}};
+  for (const auto& [slot, tile] : kOrder)
+    check(take_up<HostPlatform>(up, bundles.data(), kRing, kTiles, ticket, task) && task.ring_slot == slot && task.tile == tile,
+          "tile " + std::to_string(tile) + " of block " + std::to_string(slot));
+}
+
+// A ticket that names block 0 may be a tile of the last block of its bundle. While that is not computed, all blocks up
+// to one ring later can have been published.
+void late_tickets() {
+  constexpr uint32_t kRing = 16, kTiles = 5, kBlocks = max_bundle_blocks(kRing);
+  std::vector<Bundle> bundles(num_bundle_places(kRing));
+  UpQueue up{.published = kRing + kBlocks - 1, .head = kBlocks};
+  for (uint32_t block = 0; block < up.published; ++block) {
+    const uint32_t first = block - block % kBlocks;
+    bundles[block % bundles.size()] = {first, std::min(kBlocks, up.published - first)};
+  }
+  uint32_t ticket = kBlocks - 1;
+  TileTask task;
+  check(take_up<HostPlatform>(up, bundles.data(), kRing, kTiles, ticket, task) && task.ring_slot == kBlocks - 1 && task.tile == 0,
+        "the tile of a late ticket");
+}
+
 }  // namespace
 
 int main() {
   run_test("TicketAndRingReuse", contention);
   run_test("NothingToTake", nothing_to_take);
   run_test("EarlyTickets", early_tickets);
+  run_test("LateTickets", late_tickets);
+  run_test("BundlesShareColumns", bundles_share_columns);
   run_test("PlantedRaces", [] {
     check_caught(caught_in_time<TornFetchAdd>(), "a ticket drawn twice, or two blocks pushed to one place");
     check_caught(caught_in_time<EntryBeforeItsPlace>(), "entries that do not say which they are");

@@ -82,6 +82,8 @@ void ring_reuse() {
   for (uint32_t ring_blocks : {1u, 2u, 3u})
     check_seeds(program_of(layer, {{200, 150}}, 200, Skew::kOneExpert), {.blocks_per_rank = 2, .ring_blocks = ring_blocks}, 4,
                 "ring of " + std::to_string(ring_blocks));
+  // Row blocks in bundles, which want two slots at one time.
+  check_seeds(program_of(layer, {{900, 600}}, 210, Skew::kOneExpert), {.blocks_per_rank = 2, .ring_blocks = 8}, 2, "ring of 8");
 }
 
 // A token's bits are its own: alone or in any company, on any number of ranks.

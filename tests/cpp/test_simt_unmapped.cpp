@@ -63,6 +63,9 @@ void ring_reuse() {
       check_seeds(program_of(narrow_layer(), {{200, 150, 40}}, 200, Skew::kOneExpert),
                   {.blocks_per_rank = 2, .ring_blocks = ring_blocks, .mapped_together = mapped_together}, 6,
                   "ring of " + std::to_string(ring_blocks));
+  // Row blocks in bundles, which want two slots at one time.
+  check_seeds(program_of(narrow_layer(), {{900, 600}}, 210, Skew::kOneExpert), {.blocks_per_rank = 2, .ring_blocks = 8, .mapped_together = 1}, 3,
+              "ring of 8");
 }
 
 void empty_ranks() {

@@ -70,7 +70,7 @@ struct SettledAtOnce : NvshmemPlatform {
       : NvshmemPlatform(call, peers, workspace), ws(workspace) {}
   const Workspace& ws;
   template <class Lanes>
-  void settle(const Lanes& lanes, uint32_t) {
+  void settle(const Lanes& lanes, uint32_t, uint32_t) {
     for (uint32_t s = lanes.rank(); s < ws.ring_blocks; s += lanes.size()) {
       const uint32_t sent = load_acquire(&ws.ring_sent[s]);
       if (int32_t(sent - load_acquire(&ws.ring_free[s])) > 0) store_release(&ws.ring_free[s], sent);
@@ -89,10 +89,19 @@ void stage_reused_before_landing() {
 struct NeverSettled : NvshmemPlatform {
   using NvshmemPlatform::NvshmemPlatform;
   template <class Lanes>
-  void settle(const Lanes&, uint32_t) {}
+  void settle(const Lanes&, uint32_t, uint32_t) {}
+};
+// Settles only what the next row block waits for, where a bundle wants more slots than that.
+struct SettledForOneBlock : NvshmemPlatform {
+  using NvshmemPlatform::NvshmemPlatform;
+  template <class Lanes>
+  void settle(const Lanes& lanes, uint32_t first, uint32_t) {
+    NvshmemPlatform::settle(lanes, first, 1);
+  }
 };
 void nobody_asks() {
   check_caught_on_seeds<NeverSettled>(program_of(2, {400}, 9, Skew::kOneExpert), {.ring_blocks = 2}, 3, "a ring that nobody settles");
+  check_caught_on_seeds<SettledForOneBlock>(program_of(2, {1900}, 9, Skew::kOneExpert), {.ring_blocks = 8}, 10, "a slot that nobody settles");
 }
 
 // Rank 2 loses what it sends of one kind to rank 0.
