@@ -3,18 +3,18 @@
 // not on the tile's height, its columns, or the number of threads.
 //
 // Tokens, weights, biases and results are of the call's dtype, and of any width. Rows are read 16 bytes at a time where
-// all of them allow it, else element by element.
+// all of them allow it, else element by element. One kernel serves all dtypes: they differ where rows are staged and
+// results stored, and nowhere in the products.
 #pragma once
 
 #include <string>
 
-#include "engine/exact_element.h"
-#include "gpu/verbs.h"
+#include "engine/combine_rows.h"
 #include "protocol/tile.h"
 
 namespace flashmoe {
 
-template <DType dtype, int kWarps = 8>
+template <int kWarps = 8>
 class ExactEngine {
  public:
   static constexpr int kCrewWarps = kWarps, kLoaderWarps = 0;
@@ -60,7 +60,7 @@ class ExactEngine {
       return inside ? t.gate_up + size_t(weight_row(n)) * call.row_bytes() : nullptr;
     };
     Sums sums = {};
-    multiply<dtype>(group, shared, t.num_rows, call.hidden_size, has_whole_pieces(call), weights, sums);
+    multiply(group, shared, call, call.dtype, t.num_rows, call.hidden_size, weights, sums);
 
     FLASHMOE_UNROLL
     for (int i = 0; i < kRows; ++i) {
@@ -72,7 +72,7 @@ class ExactEngine {
         const int n = column_of(j);
         if (n >= cols) break;
         const auto sum = [&](int column, int at) {
-          return sums[i][column] + (t.bias ? load_element<dtype>(t.bias, weight_row(at)) : 0.0f);
+          return sums[i][column] + (t.bias ? load_element(call.dtype, t.bias, weight_row(at)) : 0.0f);
         };
         const float h = activate(call.activation, sum(j, n));
         hidden[t.begin + n] = call.gated ? h * sum((j + kColumns / 2) % kColumns, n + kCols / 2) : h;
@@ -86,7 +86,7 @@ class ExactEngine {
     const Call& call = c.call;
     const DownTile t = flashmoe::down_tile(c, tiles, work);
     const int cols = t.end - t.begin;
-    const size_t weight_bytes = size_t(call.intermediate_size) * dtype_bytes(dtype);
+    const size_t weight_bytes = size_t(call.intermediate_size) * dtype_bytes(call.dtype);
     for (int r = group.rank(); r < t.num_rows; r += group.size()) {
       shared.row[r] = reinterpret_cast<const std::byte*>(t.hidden + size_t(r) * c.ws.hidden_stride);
       shared.result[r] = result_row(c, uint32_t(work.index), uint32_t(r));
@@ -95,7 +95,7 @@ class ExactEngine {
 
     const auto weights = [&](int n) { return n < cols ? t.down + size_t(t.begin + n) * weight_bytes : nullptr; };
     Sums sums = {};
-    multiply<DType::kFloat32>(group, shared, t.num_rows, call.intermediate_size, has_whole_pieces(call), weights, sums);
+    multiply(group, shared, call, DType::kFloat32, t.num_rows, call.intermediate_size, weights, sums);
 
     FLASHMOE_UNROLL
     for (int i = 0; i < kRows; ++i) {
@@ -105,63 +105,18 @@ class ExactEngine {
       for (int j = 0; j < kColumns; ++j) {
         const int n = column_of(j);
         if (n >= cols) break;
-        const float bias = t.bias ? load_element<dtype>(t.bias, t.begin + n) : 0.0f;
-        store_element<dtype>(shared.result[r], t.begin + n, sums[i][j] + bias);
+        const float bias = t.bias ? load_element(call.dtype, t.bias, t.begin + n) : 0.0f;
+        store_element(call.dtype, shared.result[r], t.begin + n, sums[i][j] + bias);
       }
     }
   }
 
-  // A token's rows are summed in the order of its routing, whatever the order of their arrival. Warps take pieces of
-  // tokens, so that few tokens, or a single one, keep all of them busy.
   template <class Group, class P>
   FLASHMOE_DEVICE static void combine(const Group& group, const Context<P>& c, const Work& work) {
-    if (has_whole_pieces(c.call))
-      combine_tokens_by<kPerPiece<dtype>>(group, c, combine_tokens(c.call, work.index));
-    else
-      combine_tokens_by<1>(group, c, combine_tokens(c.call, work.index));
+    with_dtype(c.call.dtype, [&]<DType dtype>() { combine_rows<dtype>(group, c, work); });
   }
 
  private:
-  // Whether every row begins and ends at a multiple of 16 bytes. Rows of the heap begin where their width says.
-  FLASHMOE_DEVICE static bool has_whole_pieces(const Call& call) {
-    uintptr_t bits = call.row_bytes() | size_t(call.intermediate_size) * dtype_bytes(dtype);
-    for (const std::byte* rows : {call.x, static_cast<const std::byte*>(call.y), call.gate_up_proj, call.down_proj})
-      bits |= reinterpret_cast<uintptr_t>(rows);
-    return bits % 16 == 0;
-  }
-
-  template <int kElements, class Group, class P>
-  FLASHMOE_DEVICE static void combine_tokens_by(const Group& group, const Context<P>& c, const TokenRange& tokens) {
-    const auto lanes = group.lanes();
-    const int width = lanes.size() * kElements, pieces = ceil_div(c.call.hidden_size, width);
-    for (int i = group.warp(); i < (tokens.end - tokens.begin) * pieces; i += group.num_warps()) {
-      const int at = i % pieces * width + lanes.rank() * kElements;
-      if (at < c.call.hidden_size) combine_piece<kElements>(c, tokens.begin + i / pieces, at);
-    }
-  }
-
-  // Rows are loaded several at a time: each is a walk to memory.
-  template <int kElements, class P>
-  FLASHMOE_DEVICE static void combine_piece(const Context<P>& c, int token, int at) {
-    constexpr int kAtOnce = 4;
-    const Call& call = c.call;
-    const int end = (token + 1) * call.top_k;
-    float sum[kElements] = {};
-    for (int first = token * call.top_k; first < end; first += kAtOnce) {
-      const std::byte* row[kAtOnce];
-      float value[kAtOnce][kElements] = {};
-      FLASHMOE_UNROLL
-      for (int i = 0; i < kAtOnce; ++i) row[i] = first + i < end ? returned_row(c, first + i) : nullptr;
-      FLASHMOE_UNROLL
-      for (int i = 0; i < kAtOnce; ++i)
-        if (row[i]) load_elements<dtype>(row[i], at, value[i]);
-      FLASHMOE_UNROLL
-      for (int i = 0; i < kAtOnce; ++i)
-        for (int e = 0; row[i] && e < kElements; ++e) sum[e] = fmaf(call.topk_weights[first + i], value[i][e], sum[e]);
-    }
-    store_elements<dtype>(call.y + size_t(token) * call.row_bytes(), at, sum);
-  }
-
   // The crew as a grid over the tile: a thread has kRows × kColumns outputs, each the same distance apart.
   static constexpr int kThreadColumns = 16, kThreadRows = 32 * kWarps / kThreadColumns;
   static constexpr int kRows = kBlockM / kThreadRows, kColumns = kCols / kThreadColumns;
@@ -172,18 +127,14 @@ class ExactEngine {
   FLASHMOE_DEVICE static int column_of(int j) { return gpu::thread_in_block() % kThreadColumns + j * kThreadColumns; }
 
   // sums += shared.row[0:num_rows, 0:K) · weightsᵀ. Rows are of type `rows`, weights of the call's.
-  template <DType rows, class Group, class Weights>
-  FLASHMOE_DEVICE static void multiply(const Group& group, Shared& shared, int num_rows, int K, bool whole_pieces,
-                                       const Weights& weights, Sums& sums) {
+  template <class Group, class Weights>
+  FLASHMOE_DEVICE static void multiply(const Group& group, Shared& shared, const Call& call, DType rows, int num_rows,
+                                       int K, const Weights& weights, Sums& sums) {
     const auto row = [&](int r) { return r < num_rows ? shared.row[r] : nullptr; };
+    const bool whole_pieces = has_whole_pieces(call);
     for (int begin = 0; begin < K; begin += kStep) {
-      if (whole_pieces) {
-        stage<rows, kPerPiece<rows>>(group, row, begin, K, shared.a);
-        stage<dtype, kPerPiece<dtype>>(group, weights, begin, K, shared.b);
-      } else {
-        stage<rows, 1>(group, row, begin, K, shared.a);
-        stage<dtype, 1>(group, weights, begin, K, shared.b);
-      }
+      stage(group, rows, whole_pieces, row, begin, K, shared.a);
+      stage(group, call.dtype, whole_pieces, weights, begin, K, shared.b);
       group.sync();
       for (int k = 0; k < kStep; ++k) {
         float b[kColumns];
@@ -200,9 +151,20 @@ class ExactEngine {
     }
   }
 
-  // to[k][r] = row(r)[begin + k], zeros past K and where there is no row; kPer elements at a time.
+  // to[k][r] = row(r)[begin + k], zeros past K and where there is no row.
+  template <class Group, class Row, int kRowsAndPad>
+  FLASHMOE_DEVICE static void stage(const Group& group, DType dtype, bool whole_pieces, const Row& row, int begin,
+                                    int K, float (&to)[kStep][kRowsAndPad]) {
+    with_dtype(dtype, [&]<DType type>() {
+      whole_pieces ? stage_by<type, kPerPiece<type>>(group, row, begin, K, to)
+                   : stage_by<type, 1>(group, row, begin, K, to);
+    });
+  }
+
+  // kPer elements at a time.
   template <DType type, int kPer, class Group, class Row, int kRowsAndPad>
-  FLASHMOE_DEVICE static void stage(const Group& group, const Row& row, int begin, int K, float (&to)[kStep][kRowsAndPad]) {
+  FLASHMOE_DEVICE static void stage_by(const Group& group, const Row& row, int begin, int K,
+                                       float (&to)[kStep][kRowsAndPad]) {
     constexpr int kPieces = kStep / kPer;
     for (int piece = group.rank(); piece < (kRowsAndPad - 1) * kPieces; piece += group.size()) {
       const int r = piece / kPieces, k = piece % kPieces * kPer;

@@ -1,10 +1,11 @@
-// Elements of the three dtypes as fp32, singly and 16 bytes at a time, and the activations in fp32: for exact.h.
+// Elements of the three dtypes as fp32, singly and 16 bytes at a time, and activations: for exact.h and combine_rows.h.
 #pragma once
 
 #include <cmath>
 #include <cstring>
 
 #include "gpu/verbs.h"
+#include "protocol/config.h"
 
 namespace flashmoe {
 
@@ -39,6 +40,24 @@ FLASHMOE_DEVICE void store_piece(std::byte* to, const float (&value)[kPerPiece<d
   *reinterpret_cast<gpu::Words4*>(to) = words;
 }
 
+// f<dtype>() of a dtype that is known at run time.
+template <class F>
+FLASHMOE_DEVICE decltype(auto) with_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kBFloat16: return f.template operator()<DType::kBFloat16>();
+    case DType::kFloat16: return f.template operator()<DType::kFloat16>();
+    default: return f.template operator()<DType::kFloat32>();
+  }
+}
+
+// Whether every row begins and ends at a multiple of 16 bytes. Rows of the heap begin where their width says.
+FLASHMOE_DEVICE bool has_whole_pieces(const Call& call) {
+  uintptr_t bits = call.row_bytes() | size_t(call.intermediate_size) * dtype_bytes(call.dtype);
+  for (const std::byte* rows : {call.x, static_cast<const std::byte*>(call.y), call.gate_up_proj, call.down_proj})
+    bits |= reinterpret_cast<uintptr_t>(rows);
+  return bits % 16 == 0;
+}
+
 template <DType dtype>
 FLASHMOE_DEVICE float load_element(const std::byte* from, int index) {
   if constexpr (dtype == DType::kFloat32)
@@ -53,6 +72,13 @@ FLASHMOE_DEVICE void store_element(std::byte* to, int index, float value) {
     reinterpret_cast<float*>(to)[index] = value;
   else
     reinterpret_cast<uint16_t*>(to)[index] = uint16_t(gpu::pack_pair<dtype>(value, 0.0f));
+}
+
+FLASHMOE_DEVICE float load_element(DType dtype, const std::byte* from, int index) {
+  return with_dtype(dtype, [&]<DType type>() { return load_element<type>(from, index); });
+}
+FLASHMOE_DEVICE void store_element(DType dtype, std::byte* to, int index, float value) {
+  with_dtype(dtype, [&]<DType type>() { store_element<type>(to, index, value); });
 }
 
 // One element, or as many as lie in 16 bytes, which must then be aligned to that.

@@ -23,7 +23,7 @@
 
 #include <string>
 
-#include "engine/exact.h"
+#include "engine/combine_rows.h"
 #include "engine/halved_tile.h"
 #include "engine/mma_sums.h"
 #include "engine/sm80_math.h"
@@ -92,7 +92,7 @@ class Sm80Engine {
 
   template <class Group, class P>
   FLASHMOE_DEVICE static void combine(const Group& group, const Context<P>& c, const Work& work) {
-    ExactEngine<dtype>::combine(group, c, work);
+    combine_rows<dtype>(group, c, work);
   }
 
  private:

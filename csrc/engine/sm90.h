@@ -24,7 +24,7 @@
 // once for every 64 weight rows, 1 + rows / 64 bytes for each of the weights: within L2's reach to about 32 rows.
 #pragma once
 
-#include "engine/exact.h"
+#include "engine/combine_rows.h"
 #include "engine/sm90_math.h"
 
 namespace flashmoe {
@@ -137,7 +137,7 @@ class Sm90Engine {
 
   template <class Group, class P>
   FLASHMOE_DEVICE static void combine(const Group& group, const Context<P>& c, const Work& work) {
-    ExactEngine<dtype>::combine(group, c, work);
+    combine_rows<dtype>(group, c, work);
   }
 
  private:

@@ -13,7 +13,7 @@ CudaKernel by_address(CudaKernelKind kind, DType dtype) {
     case CudaKernelKind::kSm80: return sm80_kernel(dtype);
     case CudaKernelKind::kSm90Wide: return sm90_kernel(dtype, Sm90Tiles::kWide);
     case CudaKernelKind::kSm90Narrow: return sm90_kernel(dtype, Sm90Tiles::kNarrow);
-    default: return exact_kernel(dtype);
+    default: return exact_kernel();
   }
 }
 
@@ -23,7 +23,7 @@ CudaKernel by_transport(CudaKernelKind kind, DType dtype) {
     case CudaKernelKind::kSm80: return nvshmem_sm80_kernel(dtype);
     case CudaKernelKind::kSm90Wide: return nvshmem_sm90_kernel(dtype, Sm90Tiles::kWide);
     case CudaKernelKind::kSm90Narrow: return nvshmem_sm90_kernel(dtype, Sm90Tiles::kNarrow);
-    default: return nvshmem_exact_kernel(dtype);
+    default: return nvshmem_exact_kernel();
   }
 }
 
@@ -66,7 +66,7 @@ std::vector<void*> nvshmem_modules() {
   int device = 0, major = 0;
   check_cuda(cudaGetDevice(&device), "cudaGetDevice");
   check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-  std::vector<void*> modules{module_of(nvshmem_exact_kernel(DType::kFloat32)),
+  std::vector<void*> modules{module_of(nvshmem_exact_kernel()),
                              module_of(nvshmem_sm80_kernel(DType::kFloat32))};
   if (major == 9) modules.push_back(module_of(nvshmem_sm90_kernel(DType::kBFloat16, Sm90Tiles::kWide)));
   return modules;

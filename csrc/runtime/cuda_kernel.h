@@ -28,7 +28,7 @@ struct CudaKernel {
   const void* function;                      // by which the CUDA runtime knows it
 };
 
-CudaKernel exact_kernel(DType dtype);
+CudaKernel exact_kernel();  // of any dtype
 CudaKernel sm80_kernel(DType dtype);  // fp32 as tf32; rows of a multiple of 16 bytes
 
 // Tiles of 256 weight rows for many rows an expert; of 64 for few, where what counts is that every multiprocessor reads.
@@ -39,7 +39,7 @@ CudaKernel sm90_kernel(DType dtype, Sm90Tiles tiles);  // of bfloat16 or float16
 CudaKernel kernel_of(CudaKernelKind kind, DType dtype, bool all_mapped);
 
 // The same for groups in which some peers' memory is not mapped: where NVSHMEM's headers were found.
-CudaKernel nvshmem_exact_kernel(DType dtype);
+CudaKernel nvshmem_exact_kernel();
 CudaKernel nvshmem_sm80_kernel(DType dtype);
 CudaKernel nvshmem_sm90_kernel(DType dtype, Sm90Tiles tiles);
 

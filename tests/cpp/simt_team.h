@@ -199,20 +199,10 @@ class SimtTeam {
 
 inline constexpr int kSimtWarps = 2;  // of a crew here: few, since every one of their threads is a fiber
 
-template <DType dtype, class P = CudaPlatform, class Group = gpu::Crew<kSimtWarps>>
-using ExactTeam = SimtTeam<P, ExactEngine<dtype, kSimtWarps>, Group>;
-
 template <class P = CudaPlatform, class Group = gpu::Crew<kSimtWarps>>
 SimtOutcome run_simt(const Program& program, const SimtOptions& options, uint64_t seed, bool back_to_back = false) {
-  auto run = [&]<DType dtype>() {
-    ExactTeam<dtype, P, Group> team(program, options);
-    return back_to_back ? team.run_back_to_back(seed) : team.run(seed);
-  };
-  switch (program[0].layer->dtype) {
-    case DType::kBFloat16: return run.template operator()<DType::kBFloat16>();
-    case DType::kFloat16: return run.template operator()<DType::kFloat16>();
-    default: return run.template operator()<DType::kFloat32>();
-  }
+  SimtTeam<P, ExactEngine<kSimtWarps>, Group> team(program, options);
+  return back_to_back ? team.run_back_to_back(seed) : team.run(seed);
 }
 
 // What is wrong with an outcome, or nothing. `allowed`: of error, in place of the dtype's tolerance.

@@ -89,7 +89,7 @@ void lost_signal() {
 }
 
 // A block that combines long after the call has failed, and after all others have stopped.
-struct CombinesLate : ExactEngine<DType::kFloat32, kSimtWarps> {
+struct CombinesLate : ExactEngine<kSimtWarps> {
   template <class Group, class P>
   static void combine(const Group& group, const Context<P>& c, const Work& work) {
     if (group.rank() == 0) {

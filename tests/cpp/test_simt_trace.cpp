@@ -12,7 +12,7 @@ namespace {
 using namespace flashmoe;
 using namespace flashmoe::test;
 
-using Exact = ExactEngine<DType::kFloat32, kSimtWarps>;
+using Exact = ExactEngine<kSimtWarps>;
 using Ampere = Sm80Engine<DType::kBFloat16, 64, 4>;
 using Hopper = Sm90Engine<DType::kBFloat16, 64, 4, 2>;
 using HopperNarrow = Sm90Engine<DType::kBFloat16, 64, 13, 1>;
