@@ -81,7 +81,9 @@ class Scheduler {
     return begin < end ? (end - begin + (known == uint32_t(c_.call.ep_size) ? kBlockM - 1 : 0)) / kBlockM : 0;
   }
 
-  FLASHMOE_ROLE uint32_t most_blocks() const { return max_bundle_blocks(c_.ws.ring_blocks); }
+  FLASHMOE_ROLE uint32_t most_blocks() const {
+    return max_bundle_blocks(c_.ws.ring_blocks, tiles_.up_tiles, c_.ws.num_workers);
+  }
   FLASHMOE_ROLE static uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
 
   FLASHMOE_ROLE bool owns_slot(uint32_t sequence) const {

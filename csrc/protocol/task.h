@@ -29,9 +29,12 @@ struct Bundle {
   uint32_t first, blocks;
 };
 
-// A bundle waits until it owns all its ring slots. Four fit into the ring, so that some compute while it waits.
-FLASHMOE_HD constexpr uint32_t max_bundle_blocks(uint32_t ring_blocks) {
-  return ring_blocks < 8 ? 1 : ring_blocks < 32 ? ring_blocks / 4 : 8;
+// Where an expert has so few tiles that workers are at four of its row blocks at one time anyway, a bundle would only
+// have the first rows wait for the last. A bundle waits until it owns all its ring slots: four fit into the ring, so
+// that some compute while it waits.
+FLASHMOE_HD constexpr uint32_t max_bundle_blocks(uint32_t ring_blocks, uint32_t up_tiles, uint32_t num_workers) {
+  if (ring_blocks < 8 || 4 * up_tiles <= num_workers) return 1;
+  return ring_blocks < 32 ? ring_blocks / 4 : 8;
 }
 
 // Blocks in the order in which the scheduler published them: block b lies in ring slot b % ring_blocks, and its bundle

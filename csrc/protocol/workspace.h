@@ -30,6 +30,7 @@ struct Machine {
   bool staged = false;            // some peers' memory is not mapped here
   std::byte* stage = nullptr;     // where what travels to them lies until then, if the transport takes no other memory
   uint32_t max_ring_blocks = 16;  // between their up and down tiles at one time: bounds the memory under any skew
+  uint32_t num_workers = 1;       // that take tiles at one time
   int plan_warps = 1;             // of the group that plans
   int hidden_bytes = 4;           // of an element of `hidden`, whose type is the engine's choice
 };
@@ -99,7 +100,7 @@ struct Workspace {
   std::byte* packet_stage;  // [ep_size − 1, header_stride + inbox_stride]
   std::byte* result_stage;  // [ring_blocks, kBlockM, row_bytes]
 
-  uint32_t ring_blocks;
+  uint32_t ring_blocks, num_workers;
   size_t hidden_stride;  // floats, also where an element is smaller
   size_t bytes;
 
@@ -110,6 +111,7 @@ struct Workspace {
     const size_t most_rows = pairs + (ep_size - 1) * layout.max_result_rows;
     const size_t most_blocks = most_rows / kBlockM + (local < most_rows ? local : most_rows) + 1;
     ring_blocks = uint32_t(most_blocks < machine.max_ring_blocks ? most_blocks : machine.max_ring_blocks);
+    num_workers = machine.num_workers;
     hidden_stride = round_up(size_t(call.intermediate_size) * machine.hidden_bytes, 64) / sizeof(float);
 
     auto region = [&]<class T>(T*& pointer, size_t count) {

@@ -106,6 +106,7 @@ class CudaTeam::Impl {
     begin.machine = {.staged = !ranks_.all_mapped(),
                      .stage = options_.peers ? options_.peers->stage : nullptr,
                      .max_ring_blocks = kRingBlocks,
+                     .num_workers = uint32_t(blocks_per_rank_),
                      .plan_warps = kernel.crew_warps,
                      .hidden_bytes = kernel.hidden_bytes};
     CudaLaunch launch{states_, {}, blocks_per_rank_, stream};

@@ -89,7 +89,7 @@ class Group::Impl {
     Call call = make_call(args);
     if (alone && options_.keep.empty()) grow(call);
 
-    const Machine machine{.staged = platform_->staged()};
+    const Machine machine{.staged = platform_->staged(), .num_workers = uint32_t(num_workers_)};
     Workspace ws(call, layout_, machine, workspace_.at_least(Workspace(call, layout_, machine, nullptr).bytes));
     ws.reset(Alone{}, call, HostPlatform::now_ns());
     platform_->reset_sent();

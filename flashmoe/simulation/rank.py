@@ -7,7 +7,6 @@ from .row_blocks import RowBlocks, followed_source
 from .workload import Workload
 
 COMBINE_TOKENS = 16  # kCombineTokens of csrc/protocol/config.h
-BUNDLE_BLOCKS = 8  # max_bundle_blocks of csrc/protocol/task.h, where the ring is large
 
 
 class Rank:
@@ -18,7 +17,7 @@ class Rank:
     """
 
     def __init__(self, workload: Workload, plans: list[Plan], blocks: RowBlocks, rank: int, tiles: tuple[int, int],
-                 ring_blocks: int) -> None:  # fmt: skip
+                 ring_blocks: int, workers: int) -> None:  # fmt: skip
         self.index, self.plan, self.blocks = rank, plans[rank], blocks
         self.num_ranks = workload.num_ranks
         self.up_tiles, self.down_tiles = tiles
@@ -46,7 +45,7 @@ class Rank:
         most = len(blocks.rows)
         self.ring_blocks = max(1, min(ring_blocks, most))
         self.ring_free = list(range(self.ring_blocks))
-        self.bundle_blocks = max(1, min(BUNDLE_BLOCKS, self.ring_blocks // 4))
+        self.bundle_blocks = _bundle_blocks(self.ring_blocks, self.up_tiles, workers)
         self.sequence_of: dict[int, int] = {}
         # processors
         self.up_queue: list[int] = []
@@ -197,3 +196,8 @@ class Rank:
             and not self.chunks_missing and not self.waiting_experts and self.blocks_done == self.published
             and self.combine_done == self.combine_tasks
         )  # fmt: skip
+
+
+def _bundle_blocks(ring_blocks: int, up_tiles: int, workers: int) -> int:
+    """max_bundle_blocks of csrc/protocol/task.h."""
+    return max(1, min(8, ring_blocks // 4)) if 4 * up_tiles > workers else 1

@@ -46,7 +46,8 @@ class World(Workers):
             shared = nodes.setdefault(node, (Memory(machine), Node(machine)))
             late = picoseconds(workload.late_s[rank]) if workload.late_s else 0
             slow = workload.slow[rank] if workload.slow else 1.0
-            state = Rank(workload, plans, row_blocks(workload, plans, rank), rank, tiles, machine.ring_blocks)
+            state = Rank(workload, plans, row_blocks(workload, plans, rank), rank, tiles, machine.ring_blocks,
+                         machine.workers)  # fmt: skip
             players.append(Player(state, machine, *shared, late, slow))
         return players
 

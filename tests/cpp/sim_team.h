@@ -31,7 +31,7 @@ class SimRank {
 
   void begin(const CallOfAll& call) {
     platform.epoch = epoch_ = next_epoch(epoch_);
-    const Machine machine{.staged = platform.staged(), .max_ring_blocks = options_.ring_blocks};
+    const Machine machine{.staged = platform.staged(), .max_ring_blocks = options_.ring_blocks, .num_workers = uint32_t(options_.num_workers)};
     rank_call_ = std::make_unique<RankCall>(call, rank_, options_.ep_size, epoch_, layout_, machine);
     workers_.clear();
     const Context<SimPlatform> context{rank_call_->call, layout_, *rank_call_->workspace, platform};

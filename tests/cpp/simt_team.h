@@ -128,7 +128,7 @@ class SimtTeam {
     return p;
   }
   Machine machine_of(int rank) {
-    Machine m{.max_ring_blocks = options_.ring_blocks, .plan_warps = E::kCrewWarps, .hidden_bytes = E::kHiddenBytes};
+    Machine m{.max_ring_blocks = options_.ring_blocks, .num_workers = uint32_t(options_.blocks_per_rank), .plan_warps = E::kCrewWarps, .hidden_bytes = E::kHiddenBytes};
     m.staged = options_.mapped_together != 0;
     if (m.staged) m.stage = heap_of(rank) + layout_.bytes;
     return m;

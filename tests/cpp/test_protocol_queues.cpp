@@ -58,7 +58,7 @@ bool every_tile_once(const Sizes& s, uint64_t patience_ns = 20'000'000'000) {
   std::atomic<bool> wrong{false};
 
   auto publish = [&] {
-    const uint32_t first = up.published, most = max_bundle_blocks(s.ring_blocks);
+    const uint32_t first = up.published, most = max_bundle_blocks(s.ring_blocks, s.up_tiles, 1);
     const uint32_t blocks = std::min(1 + first / 3 % most, s.blocks - first);  // of every size
     for (uint32_t block = first; block < first + blocks; ++block)
       if (HostPlatform::load_acquire(&ring_free[block % s.ring_blocks]) != block) return false;
@@ -186,10 +186,18 @@ void bundles_share_columns() {
           "tile " + std::to_string(tile) + " of block " + std::to_string(slot));
 }
 
+// An H100 has 132 workers; of wide tiles Mixtral has 112, Llama4-Scout 64, DeepSeek-V3 16 and Qwen3 6.
+void only_many_tiles_are_bundled() {
+  for (const auto& [tiles, blocks] : {std::pair{112u, 8u}, {64u, 8u}, {33u, 1u}, {16u, 1u}, {6u, 1u}})
+    check(max_bundle_blocks(64, tiles, 132) == blocks, std::to_string(tiles) + " tiles");
+  for (const auto& [ring, blocks] : {std::pair{64u, 8u}, {31u, 7u}, {8u, 2u}, {7u, 1u}, {1u, 1u}})
+    check(max_bundle_blocks(ring, 14, 2) == blocks, "a ring of " + std::to_string(ring));
+}
+
 // A ticket that names block 0 may be a tile of the last block of its bundle. While that is not computed, all blocks up
 // to one ring later can have been published.
 void late_tickets() {
-  constexpr uint32_t kRing = 16, kTiles = 5, kBlocks = max_bundle_blocks(kRing);
+  constexpr uint32_t kRing = 16, kTiles = 5, kBlocks = max_bundle_blocks(kRing, kTiles, 1);
   std::vector<Bundle> bundles(num_bundle_places(kRing));
   UpQueue up{.published = kRing + kBlocks - 1, .head = kBlocks};
   for (uint32_t block = 0; block < up.published; ++block) {
@@ -209,6 +217,7 @@ int main() {
   run_test("NothingToTake", nothing_to_take);
   run_test("EarlyTickets", early_tickets);
   run_test("LateTickets", late_tickets);
+  run_test("OnlyManyTilesAreBundled", only_many_tiles_are_bundled);
   run_test("BundlesShareColumns", bundles_share_columns);
   run_test("PlantedRaces", [] {
     check_caught(caught_in_time<TornFetchAdd>(), "a ticket drawn twice, or two blocks pushed to one place");
