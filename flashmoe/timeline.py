@@ -138,19 +138,23 @@ def trace(group: Any = None, max_events: int | None = None) -> Iterator[Trace]:
             on the CPU.
         max_events: of one worker and call; what exceeds them is counted alone. None: 65536, and 8192 of a GPU's block,
             for which each takes 48 bytes of its memory.
+
+    Raises:
+        RuntimeError: the group is being traced already: its calls keep one timeline.
     """
-    from .timeline_source import source_of
+    from .timeline_source import claimed, source_of
 
     if max_events is not None and (type(max_events) is not int or not 0 < max_events < 2**31):
         raise ValueError(f"max_events must be an integer of at least 1, got {max_events!r}")
     source = source_of(group)
     traced = Trace()
-    source.start(max_events)
-    try:
-        yield traced
-        traced.ranks = source.ranks()
-    finally:
-        source.stop()
+    with claimed(source):
+        source.start(max_events)
+        try:
+            yield traced
+            traced.ranks = source.ranks()
+        finally:
+            source.stop()
 
 
 def _work(events: np.ndarray) -> np.ndarray:

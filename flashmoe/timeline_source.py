@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,9 +19,20 @@ from .virtual_ranks import VirtualRanks
 # Events of one worker and call. A GPU has a hundred blocks, whose memory is there whether used or not.
 _EVENTS_OF_A_WORKER, _EVENTS_OF_A_BLOCK = 1 << 16, 1 << 13
 
+_lock = threading.Lock()
+_claimed: list[Any] = []
+
 
 class Source(Protocol):
-    """Calls that can be traced."""
+    """Calls that can be traced.
+
+    Attributes:
+        maker: what notes them, for one timeline at a time.
+        name: for messages.
+    """
+
+    maker: Any
+    name: str
 
     def start(self, max_events: int | None) -> None: ...
     def stop(self) -> None: ...
@@ -30,15 +43,32 @@ class Source(Protocol):
 def source_of(group: Any) -> Source:
     """What makes the calls of ``group``: as of the layer, or a VirtualRanks; None: the layers of one process."""
     if isinstance(group, VirtualRanks):
-        return _Blocks(group.team, group.device, range(group.ep_size))
+        return _Blocks("VirtualRanks", group.team, group.device, range(group.ep_size))
     if group is None:
         with groups.local.lock:
             return _OneRank(None, groups.local.acquire())
     name = groups.name_of(group)
     found = groups.find(name)
     if isinstance(found, CudaGroup):
-        return _Blocks(found.team, found.device.index, [found.ep_rank])
-    return _OneRank(name, found) if found.ep_size == 1 else _Workers(found)
+        return _Blocks(f"group {name!r}", found.team, found.device.index, [found.ep_rank])
+    return _OneRank(name, found) if found.ep_size == 1 else _Workers(f"group {name!r}", found)
+
+
+@contextlib.contextmanager
+def claimed(source: Source) -> Iterator[None]:
+    """
+    Raises:
+        RuntimeError: somebody else traces these calls, and would lose what was noted.
+    """
+    with _lock:
+        if any(maker is source.maker for maker in _claimed):
+            raise RuntimeError(f"trace: {source.name} is being traced already; leave that trace() before the next")
+        _claimed.append(source.maker)
+    try:
+        yield
+    finally:
+        with _lock:
+            _claimed[:] = [maker for maker in _claimed if maker is not source.maker]
 
 
 def rank_of_blocks(lists: Sequence[tuple[bytes, int, int]], rank: int, clock: str) -> RankTrace:
@@ -53,8 +83,9 @@ def rank_of_blocks(lists: Sequence[tuple[bytes, int, int]], rank: int, clock: st
 
 
 class _Workers:
-    def __init__(self, group: _C.Group) -> None:
-        self.group = group
+    def __init__(self, name: str, group: _C.Group) -> None:
+        self.name = name
+        self.maker = self.group = group
 
     def start(self, max_events: int | None) -> None:
         self.group.set_trace(max_events or _EVENTS_OF_A_WORKER)
@@ -68,8 +99,9 @@ class _Workers:
 
 
 class _Blocks:
-    def __init__(self, team: _C.CudaTeam, device: int, ranks: Sequence[int]) -> None:
-        self.team, self.device, self.numbers = team, device, ranks
+    def __init__(self, name: str, team: _C.CudaTeam, device: int, ranks: Sequence[int]) -> None:
+        self.name, self.device, self.numbers = name, device, ranks
+        self.maker = self.team = team
 
     def start(self, max_events: int | None) -> None:
         self.team.set_trace(max_events or _EVENTS_OF_A_BLOCK)
@@ -86,20 +118,22 @@ class _Blocks:
 class _OneRank:
     """A rank alone: its calls are where their tensors are. A call on a GPU hides those on the CPU."""
 
-    def __init__(self, name: str | None, group: _C.Group) -> None:
-        self.name, self.workers = name, _Workers(group)
+    def __init__(self, key: str | None, group: _C.Group) -> None:
+        self.key, self.maker = key, group
+        self.name = "the process's own group (group=None)" if key is None else f"group {key!r}"
+        self.workers = _Workers(self.name, group)
 
     def start(self, max_events: int | None) -> None:
-        cuda_teams.start_trace(self.name, max_events or _EVENTS_OF_A_BLOCK)
+        cuda_teams.start_trace(self.key, max_events or _EVENTS_OF_A_BLOCK)
         self.workers.start(max_events)
 
     def stop(self) -> None:
         self.workers.stop()
-        cuda_teams.stop_trace(self.name)
+        cuda_teams.stop_trace(self.key)
 
     def ranks(self) -> list[RankTrace]:
-        last = cuda_teams.traced_last(self.name)
-        return self.workers.ranks() if last is None else _Blocks(*last, [0]).ranks()
+        last = cuda_teams.traced_last(self.key)
+        return self.workers.ranks() if last is None else _Blocks(self.name, *last, [0]).ranks()
 
 
 def _by_end(events: np.ndarray, others: np.ndarray) -> np.ndarray:

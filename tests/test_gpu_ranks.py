@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -242,6 +243,36 @@ def test_tensors_must_lie_where_the_rank_is():
         for rank, outcome in enumerate(world.outcomes(call_on_the_cpu)):
             assert outcome.kind == "ValueError", outcome.story
             assert outcome.error.startswith(f"x must be on cuda:{rank}, where this rank of group")
+
+
+def traced_call() -> tuple[flashmoe.timeline.Trace, str]:
+    """What was noted while this rank's group was traced, and how a second trace meanwhile was refused."""
+    join(list(range(dist.get_world_size())))
+    team = Team.made[-1]
+    with flashmoe.trace(dist.group.WORLD, max_events=9) as trace:
+        assert team.max_events == 9
+        with pytest.raises(RuntimeError) as refused, flashmoe.trace(dist.group.WORLD):
+            pass
+    assert team.max_events == 0
+    return trace, str(refused.value)
+
+
+@pytest.mark.parametrize("nproc", [2, 3])
+def test_each_rank_has_the_timeline_of_its_gpu_and_all_make_one(nproc):
+    with gpu_world(nproc) as world:
+        world.call(start)
+        parts, refusals = zip(*world.call(traced_call), strict=True)
+    for rank, part in enumerate(parts):
+        (one,) = part.ranks
+        assert (one.rank, one.clock, one.lanes) == (rank, f"GPU gpu-{rank}", [f"SM {17 + rank}, block 0"])
+        assert one.workers[0]["begin"].min() == 1000 + rank * 10**9
+        assert refusals[rank].startswith("trace: group '") and "is being traced already" in refusals[rank]
+    trace = parts[0].gathered(parts)
+    if nproc == 2:
+        assert [int(one.workers[0]["begin"].min()) for one in trace.ranks] == [1000, 1000], "seconds apart before"
+        assert trace.clock_error == pytest.approx(20e-9)
+    else:  # no two of them have sent both ways
+        assert math.isinf(trace.clock_error) and trace.summary()["clock_error"] is None
 
 
 def test_a_world_of_one_needs_no_nvshmem():

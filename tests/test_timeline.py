@@ -9,7 +9,7 @@ import torch
 from timeline_checks import check_call, of_kind
 
 import flashmoe
-from flashmoe import cli
+from flashmoe import _C, cli
 from flashmoe.records import read_records
 from flashmoe.timeline import ARRIVED, COMBINE, DOWN, EVENT, PLAN, SEND, UP, RankTrace, Trace
 
@@ -35,8 +35,6 @@ def test_every_tile_of_a_call_is_there_once_and_in_order():
 
 
 def test_ranks_of_a_group_are_traced_alike():
-    from flashmoe import _C
-
     team = _C.local_team(_C.Limits(2, 64, 4 * 128, 2, 6), num_workers=1)
     torch.manual_seed(5)
     layers = [flashmoe.MoE(128, 192, 6, 2, group=group) for group in team]
@@ -85,6 +83,22 @@ def test_events_without_room_are_counted():
     assert kept <= 3 * len(trace.ranks[0].workers) and trace.summary()["lost_events"] > 0
     assert kept < sum(len(events) for events in whole.ranks[0].workers)
     with pytest.raises(ValueError, match="max_events must be an integer of at least 1, got 0"), flashmoe.trace(max_events=0):
+        pass
+
+
+def test_a_group_keeps_one_timeline_at_a_time():
+    layer, x = layer_and_input()
+    team = _C.local_team(_C.Limits(2, 64, 4 * 128, 2, 6), num_workers=1)
+    with torch.no_grad(), flashmoe.trace() as trace, flashmoe.trace(team[0]), flashmoe.trace(team[1]):
+        with pytest.raises(RuntimeError, match=r"own group \(group=None\) is being traced already"), flashmoe.trace():
+            pass
+        with pytest.raises(RuntimeError, match="trace: group 'team#.* is being traced"), flashmoe.trace(team[1]):
+            pass
+        layer(x)
+    assert trace.summary()["tiles"] > 0, "the one that was refused has taken nothing away"
+    with pytest.raises(ArithmeticError), flashmoe.trace():
+        raise ArithmeticError
+    with flashmoe.trace(), flashmoe.trace(team[1]):
         pass
 
 

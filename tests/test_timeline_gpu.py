@@ -145,6 +145,19 @@ def test_virtual_ranks_share_a_clock(tmp_path):
     assert (tmp_path / "call.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_second_trace_is_refused_and_takes_nothing_away():
+    ranks = VirtualRanks(2, max_tokens=4, max_wire_bytes=64, max_top_k=1, max_experts=2, device=0)
+    with flashmoe.trace() as trace, flashmoe.trace(ranks):
+        call_on(0)
+        with pytest.raises(RuntimeError, match="being traced already; leave that"), flashmoe.trace(max_events=5):
+            pass
+        with pytest.raises(RuntimeError, match="trace: VirtualRanks is being traced already"), flashmoe.trace(ranks):
+            pass
+        call_on(0)
+        assert [team.asked for team in Team.made] == [[8192], [8192]]
+    assert [team.asked for team in Team.made] == [[8192, 0], [8192, 0]] and len(trace.ranks) == 1
+
+
 @pytest.mark.parametrize("bad", [0, -1, 2**31, True, 1.5, "8"])
 def test_bad_sizes_are_refused_before_anything_is_held(bad):
     call_on(0)
