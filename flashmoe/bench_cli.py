@@ -7,11 +7,12 @@ from types import ModuleType
 
 from . import baselines, cuda_teams
 from .argument_types import baseline_names, count, positive, seconds
-from .bench_layer import PAPER_CAPACITY, bench, configurations, in_a_world
+from .bench_layer import PAPER_CAPACITY, bench, configurations
 from .bench_micro import bench_micro
 from .cores import usable_cores
 from .models import SHAPES
 from .run_options import GPU_DTYPES, RunOptions
+from .run_world import in_a_world
 from .simulation import command as scale
 from .skew import SKEWS
 
@@ -100,8 +101,8 @@ def _bench_layer(options: argparse.Namespace, arguments: list[str]) -> int:
         error("argument --dtypes: tf32 needs --device cuda")
     if options.graph and (not on_gpu or ranks != [1]):
         error(f"argument --graph: needs --device cuda and --ranks 1, got {options.device} and {ranks}")
-    if on_gpu and not cuda_teams.has_cuda():
-        error("argument --device: this build has no CUDA half, or no GPU is here; `flashmoe info` tells which")
+    if on_gpu and (lack := cuda_teams.missing()):
+        error(f"argument --device: {lack}")
     if options.paper:
         options.models, options.skews = [_PAPER], ["uniform"]
         options.capacity_factor = PAPER_CAPACITY

@@ -7,7 +7,6 @@ configuration is one record, as of ``flashmoe run``, so `flashmoe report` draws 
 import dataclasses
 import gc
 import itertools
-import os
 import time
 import traceback
 from collections.abc import Iterable, Iterator
@@ -17,23 +16,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from . import baselines, distributed
-from .launch import launch
+from . import baselines
 from .models import LayerShape
 from .records import Record
 from .report import comparison, milliseconds, percent, table
-from .run import arena_sizes, check_memory, failure_of, finish, new_record, write
+from .run import check_memory, failure_of, finish, new_record, write
 from .run_options import RunOptions
-from .run_rank import run_rank
+from .run_world import in_a_world, measure, processes_of_host, speaks
 
 _HEAD = tuple("layer,dtype,T,W,skew,p50,quartiles,GFLOP/s,compute,memory,link,against,faster by".split(","))
 # The paper's own comparison (arXiv 2506.04667, section 4): every expert takes its equal share of tokens and no more.
 PAPER_CAPACITY = 1.0
-
-
-def in_a_world() -> bool:
-    """Whether a launcher has started this process as one of several ranks."""
-    return int(os.environ.get("WORLD_SIZE") or 1) > 1
 
 
 def configurations(
@@ -43,7 +36,7 @@ def configurations(
     """Every combination; all shapes are measured before the next ranks, dtype, tokens, skew, in the order given: should
     the time not do for all, the most valuable come first. The ``cores`` of a host are shared out among its ranks."""
     for skew, num_tokens, dtype, num_ranks, shape in itertools.product(skews, tokens, dtypes, ranks, shapes):
-        threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE") or num_ranks))
+        threads = max(1, cores // processes_of_host(num_ranks))
         yield dataclasses.replace(
             base, shape=shape, ranks=num_ranks, dtype=dtype, tokens=num_tokens, skew=skew, threads=threads,
             usable_threads=max(cores, threads), started=time.time(),
@@ -57,15 +50,14 @@ def bench(wanted: list[RunOptions], out: Path | None, command: list[str], second
     A configuration that fails costs only itself; none is begun after ``seconds``. Returns the exit code, 1 if any
     failed.
     """
-    speaks = not in_a_world() or int(os.environ["RANK"]) == 0
     began, done, rows, failures = time.monotonic(), 0, [_HEAD], []
     while done < len(wanted) and not _told(time.monotonic() - began > seconds):
         options, done = wanted[done], done + 1
         name = name_of(options)
-        if speaks:
+        if speaks():
             print(f"[{done}/{len(wanted)}] {name}", flush=True)
         record = _record_of(options, command)
-        if not speaks:
+        if not speaks():
             continue
         if record["failure"] is None:
             ours, floor = record["latency"], record["floor"]
@@ -79,7 +71,7 @@ def bench(wanted: list[RunOptions], out: Path | None, command: list[str], second
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             write(record, out / f"{name}.json")
-    if speaks:
+    if speaks():
         print("\n" + table(rows) + "\n")
         if any("*" in cell for row in rows for cell in row):
             print("*: the experts' weights stay in the GPU's L2 cache from call to call; rows do not\n")
@@ -116,7 +108,7 @@ def _record_of(options: RunOptions, command: list[str]) -> dict[str, Any]:
     record = new_record(options, command)
     try:
         check_memory(options)
-        measured = _measure(options)
+        measured = measure(options)
         if measured is not None:
             record |= measured
             record["failure"] = failure_of(record["error"])
@@ -134,25 +126,6 @@ def _record_of(options: RunOptions, command: list[str]) -> dict[str, Any]:
 
 def _in_cache(record: dict[str, Any]) -> bool:
     return record["bytes"]["weights"] <= record["machine"].get("gpu_l2_bytes", 0)
-
-
-def _measure(options: RunOptions) -> dict[str, Any] | None:
-    if options.ranks == 1:
-        return run_rank(options)
-    sizes = arena_sizes(options, options.shape)
-    how = {"num_workers": options.threads, "device": options.device}
-    if not in_a_world():
-        return launch(run_rank, options.ranks, options, init_kwargs=sizes | how)[0]
-    # What an earlier configuration made may be too small, and its groups are in use.
-    if distributed.is_initialized():
-        distributed.reserve(**sizes)
-    else:
-        if options.device == "cuda" and not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl")  # what is compared with exchanges by NCCL
-        distributed.init(**sizes, **how)
-    measured = run_rank(options)
-    dist.barrier()
-    return measured
 
 
 def _line(record: Record, skew: str) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import baselines, bench_cli
+from . import _C, baselines, bench_cli, cuda_teams
 from ._version import __version__
 from .argument_types import baseline_names, count, positive, seconds
 from .cores import usable_cores
@@ -16,7 +16,8 @@ from .info import information, information_text
 from .models import SHAPES
 from .page import write_report
 from .run import run
-from .run_options import DTYPES, RunOptions
+from .run_options import GPU_DTYPES, RunOptions
+from .run_world import in_a_world, processes_of_host
 from .settings import NUM_WORKERS_VARIABLE, REMOTE_ONLY_VARIABLE, num_workers_asked, settings_of_environment
 from .topology import topology, topology_text
 
@@ -41,22 +42,28 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser(
-        "run", help="run a named layer across local processes, checked and compared",
+        "run", help="run a named layer across local processes or on GPUs, checked and compared",
         description="Runs a named MoE layer on local processes, checks it against a float64 reference, times it beside "
-        "what one would use instead, and prints a table. The exit code is 1 if the result is wrong.",
+        "what one would use instead, and prints a table. The exit code is 1 if the result is wrong. Under torchrun the "
+        "ranks are the launcher's.",
     )  # fmt: skip
 
     def option(name: str, help: str, default: object = None, **how: object) -> None:
-        text = help if default is None else f"{help} (default: {default})"
-        run.add_argument(name, help=text, default=default, **how)
+        if default is not None:
+            how["default"], help = default, f"{help} (default: {default})"
+        run.add_argument(name, help=help, **how)
 
     option("--model", f"shape of the layer: {', '.join(SHAPES)}", _DEFAULT_MODEL, choices=list(SHAPES),
            metavar="NAME")
     option("--scale", f"divides both widths (default: {_DEFAULT_SCALE} without --model, else 1)", type=positive,
            metavar="N")
     option("--tokens", "tokens per rank", 512, type=positive, metavar="T")
-    option("--ranks", "processes; 1 means this one alone", 2, type=positive, metavar="W")
-    option("--dtype", "of weights and tokens: fp32, bf16 or fp16", "fp32", choices=list(DTYPES), metavar="D")
+    option("--ranks", "processes; 1 means this one alone (default: 2; with --device cuda and without --virtual 1; "
+           "under torchrun its world's size)", type=positive, metavar="W")
+    option("--device", "cuda: each rank has a GPU", "cpu", choices=["cpu", "cuda"])
+    option("--virtual", "with --device cuda: the ranks share one GPU, as one grid of one process", action="store_true")
+    option("--dtype", f"of weights and tokens: {', '.join(GPU_DTYPES)}, the last on GPUs (default: fp32; with --device "
+           "cuda bf16)", choices=list(GPU_DTYPES), metavar="D")
     option("--input", "text: hidden states of the standard library's sources; random: normal noise", "text",
            choices=["text", "random"], metavar="KIND")
     option("--iters", "rounds of timed calls", 20, type=positive, metavar="N")
@@ -110,24 +117,52 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         options.parser.error(str(error))
     os.environ.pop(NUM_WORKERS_VARIABLE, None)
     os.environ.pop(REMOTE_ONLY_VARIABLE, None)
+    options.ranks = _ranks(options)
     if options.ranks == 1 and options.remote_only is not None:
         options.parser.error("argument --remote-only: needs --ranks of at least 2, got 1")
     if options.ranks > 1 and options.remote_only is None:
         options.remote_only = remote_only
-    cores = usable_cores()
-    threads = options.threads or workers or max(1, cores // options.ranks)
+    if options.device == "cuda" and options.remote_only is not None:
+        options.parser.error("argument --remote-only: is of ranks on CPUs, got --device cuda")
+    if options.dtype == "tf32" and options.device == "cpu":
+        options.parser.error("argument --dtype: tf32 needs --device cuda")
+    cores, sharing = usable_cores(), 1 if options.virtual else processes_of_host(options.ranks)
+    threads = options.threads or workers or max(1, cores // sharing)
     run_options = RunOptions(
-        shape=shape, tokens=options.tokens, ranks=options.ranks, dtype=options.dtype, input=options.input,
+        shape=shape, tokens=options.tokens, ranks=options.ranks, input=options.input,
+        dtype=options.dtype or ("bf16" if options.device == "cuda" else "fp32"),
         iterations=options.iters, warmup=options.warmup, seconds=options.seconds, seed=options.seed,
-        remote_only=options.remote_only, threads=threads,
-        usable_threads=max(cores, threads), baselines=_chosen(options), started=started, trace=options.trace,
+        remote_only=options.remote_only, threads=threads, usable_threads=max(cores, threads),
+        baselines=_chosen(options), started=started, trace=options.trace, device=options.device,
+        virtual=options.virtual,
     )  # fmt: skip
     return run(run_options, options.json, ["flashmoe", *arguments])
 
 
+def _ranks(options: argparse.Namespace) -> int:
+    """How many there are to be; the parser's error if they, or their device, cannot be had."""
+    error, on_gpu = options.parser.error, options.device == "cuda"
+    if on_gpu and (lack := cuda_teams.missing()):
+        error(f"argument --device: {lack}")
+    if options.virtual and not on_gpu:
+        error("argument --virtual: needs --device cuda, got cpu")
+    if in_a_world():
+        world = int(os.environ["WORLD_SIZE"])
+        if options.virtual:
+            error(f"argument --virtual: is of one process, and the launcher has started {world}")
+        if options.ranks not in (None, world):
+            error(f"argument --ranks: the launcher has started {world} ranks, got {options.ranks}")
+        return world
+    ranks = options.ranks or (1 if on_gpu and not options.virtual else 2)
+    if on_gpu and not options.virtual and ranks > (gpus := _C.num_cuda_devices()):
+        error(f"argument --ranks: each rank needs a GPU, {gpus} of {ranks} are here; with --virtual the ranks share it")
+    return ranks
+
+
 def _chosen(options: argparse.Namespace) -> tuple[str, ...]:
     """The baselines of this run; one that is named must fit the number of ranks."""
-    possible = baselines.of_ranks(options.ranks, baselines.on("cpu"))
+    there = baselines.on(options.device)
+    possible = baselines.of_virtual_ranks(there) if options.virtual else baselines.of_ranks(options.ranks, there)
     if options.baselines == "all":
         return tuple(possible)
     for name in options.baselines:

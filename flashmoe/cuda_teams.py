@@ -38,6 +38,19 @@ def has_cuda() -> bool:
     return hasattr(_C, "CudaTeam") and _C.num_cuda_devices() > 0
 
 
+def missing() -> str | None:
+    """Why no layer can be called on a GPU here; None: it can."""
+    if not hasattr(_C, "CudaTeam"):
+        lack = "this build of flashmoe has no CUDA half"
+    elif not _C.num_cuda_devices():
+        lack = "no GPU is here, or no driver for it"
+    elif not torch.cuda.is_available():
+        lack = f"a GPU is here, but torch {torch.__version__} cannot use it"
+    else:
+        return None
+    return f"{lack}; `flashmoe info` tells what this installation has"
+
+
 def watched(team: _C.CudaTeam) -> _C.CudaTeam:
     """From now on check() tells of it."""
     _watched.add(team)

@@ -50,7 +50,9 @@ RUN_SCHEMA: dict[str, Any] = object_of({
    bytes=object_of({"weights": COUNT, "x": COUNT, "y": COUNT, "between": COUNT,
                     "sent": {"type": ["integer", "null"], "minimum": 0}}),
    timeline=object_of({"seconds": NUMBER, "workers": COUNT, "utilization": NUMBER, "tiles": NUMBER,
-                       "exposed": NUMBER, "tail": NUMBER, "lost_events": COUNT}))  # fmt: skip
+                       "exposed": NUMBER, "tail": NUMBER, "lost_events": COUNT},
+                      overlap={"type": ["number", "null"]}, clock_step=NUMBER,
+                      clock_error={"type": ["number", "null"]}, cost=POSITIVE, cost_quartiles=QUARTILES))  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -50,9 +50,10 @@ def head(record: dict[str, Any]) -> str:
     shape, run, versions, host = (record[key] for key in ("shape", "run", "versions", "machine"))
     scale = f" with widths / {shape['scale']}" if shape["scale"] > 1 else ""
     rank = f"{run['ranks']} ranks" if run["ranks"] > 1 else "1 rank"
+    gpu = f"{host['gpu']}; " if "gpu" in host else ""
     lines = [
         ("flashmoe", f"{versions['flashmoe']} ({versions['commit'] or 'installed'}), torch {versions['torch']}"),
-        ("machine", f"{host['processor']}, {host['usable_cores']} cores, {host['isa']}"),
+        ("machine", f"{gpu}{host['processor']}, {host['usable_cores']} cores, {host['isa']}"),
         ("layer", f"{shape['name']}{scale}: hidden {shape['hidden_size']}, intermediate {shape['intermediate_size']}, "
                   f"{shape['num_experts']} experts, top {shape['top_k']}, "
                   f"{'gated ' if shape['gated'] else ''}{shape['activation']}, router {shape['router']}"),
@@ -70,6 +71,8 @@ def body(record: dict[str, Any]) -> str:
     reading = floor["read_seconds"] > floor["compute_seconds"]
     cached = reading and floor["share_of_speed"] > 1
     experts = record["shape"]["num_experts"]
+    on_gpu = record["run"].get("device") == "cuda"
+    product = record["run"]["dtype"] if on_gpu else f"fp32 with as many threads, {rates['threads']}"
     lines = [
         ("routing", f"busiest expert {load['busiest_expert']:.2f} x the mean, busiest rank "
                     f"{load['busiest_rank']:.2f} x; {load['experts_used']} of {experts} experts used"),
@@ -79,7 +82,7 @@ def body(record: dict[str, Any]) -> str:
         ("latency", f"p50 {milliseconds(latency['p50'])}, p95 {milliseconds(latency['p95'])} of {latency['samples']} "
                     f"samples{'; with the router p50 ' + milliseconds(routed['p50']) if routed else ''}"),
         ("speed", f"{latency['gflops']:.1f} GFLOP/s = {percent(record['gemm_share'])} of the pure GEMM rate "
-                  f"({rates['gemm_gflops']:.1f} in fp32 with as many threads, {rates['threads']})"),
+                  f"({rates['gemm_gflops']:.1f} in {product})"),
         ("floor", f"{milliseconds(floor['seconds'])} for the {'weights' if reading else 'FLOPs'}; "
                   f"{percent(floor['share_of_speed'])} of its speed reached "
                   f"({' to '.join(percent(share) for share in floor['share_of_speed_quartiles'])}; FLOPs "
@@ -118,11 +121,21 @@ def traffic(bytes_per_peer: list[dict[str, list[int]]]) -> str:
 
 def timeline(one: dict[str, Any]) -> str:
     lost = f"; {one['lost_events']} events lost" if one["lost_events"] else ""
+    clocks = _clocks(one["clock_error"])
+    hidden = f"; {percent(one['overlap'])} busy while rows are under way" if one["overlap"] is not None else ""
+    low, high = one["cost_quartiles"]
     return (
         f"timeline  {milliseconds(one['seconds'])} of {one['workers']} workers: {percent(one['utilization'])} busy "
         f"({percent(one['tiles'])} in tiles), {percent(one['exposed'])} waiting in between, {percent(one['tail'])} at "
-        f"the end{lost}"
+        f"the end{hidden}{lost}{clocks}; a call that is traced takes {one['cost']:.3f} x as long "
+        f"({low:.3f} to {high:.3f})"
     )
+
+
+def _clocks(error: float | None) -> str:
+    if error is None:
+        return "; ranks' clocks could not be compared"
+    return f"; ranks' times right to {seconds_of(error)}" if error else ""
 
 
 def comparison(baselines: list[dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""``flashmoe run``: one named MoE layer on local processes, checked, timed and compared; a record and an exit code."""
+"""``flashmoe run``: one named MoE layer on all ranks, checked, timed and compared; a record and an exit code."""
 
 import dataclasses
 import json
@@ -11,13 +11,11 @@ from typing import Any
 
 import torch
 
-from . import report
+from . import report, run_world
 from ._C import available_memory
 from .info import machine, versions
-from .launch import launch
 from .models import LayerShape
 from .run_options import RunOptions
-from .run_rank import run_rank
 from .settings import Settings, settings_of_environment
 
 _PROCESS_BYTES = 400 << 20  # Python, torch, transformers and the buffers of the measurement itself
@@ -28,19 +26,26 @@ class NotEnoughMemory(RuntimeError):
 
 
 def run(options: RunOptions, json_file: str | None, command: list[str]) -> int:
-    """Run, print, write ``json_file``; return the exit code."""
+    """Run, print, write ``json_file``; return the exit code. Of a launcher's processes one does all but run."""
     record = new_record(options, command)
-    print(report.head(record), flush=True)
+    if run_world.speaks():
+        print(report.head(record), flush=True)
     try:
         check_memory(options)
-        record |= _measure(options)
+        measured = run_world.measure(options)
+        if measured is None:
+            return 0
+        record |= measured
         print("\n" + report.body(record) + "\n", flush=True)
         record["failure"] = failure_of(record["error"])
-    except NotEnoughMemory as shortage:
-        record["failure"] = str(shortage)
     except Exception as error:
-        traceback.print_exc()
-        record["failure"] = f"{type(error).__name__}: {error}"
+        if run_world.in_a_world():
+            raise  # the ranks would part
+        if isinstance(error, NotEnoughMemory):
+            record["failure"] = str(error)
+        else:
+            traceback.print_exc()
+            record["failure"] = f"{type(error).__name__}: {error}"
     finish(record, options)
     if json_file is not None:
         try:
@@ -54,7 +59,7 @@ def run(options: RunOptions, json_file: str | None, command: list[str]) -> int:
 def new_record(options: RunOptions, command: list[str]) -> dict[str, Any]:
     """What is known before anything is measured."""
     asked = ("ranks", "tokens", "dtype", "input", "threads", "seed", "iterations", "warmup", "seconds", "remote_only",
-             "skew", "capacity_factor", "inputs", "device", "graph")  # fmt: skip
+             "skew", "capacity_factor", "inputs", "device", "graph", "virtual")  # fmt: skip
     return {
         "schema": 1,
         "ok": False,
@@ -104,7 +109,7 @@ def bytes_needed(options: RunOptions, shape: LayerShape) -> int:
     reference = 8 * shape.expert_elements
     symmetric = 0
     if options.ranks > 1:
-        symmetric = options.ranks * Settings(**arena_sizes(options, shape)).arena_bytes(options.ranks)
+        symmetric = options.ranks * Settings(**run_world.arena_sizes(options, shape)).arena_bytes(options.ranks)
     rows = options.ranks * tokens * shape.top_k * (2 * shape.hidden_size + 2 * shape.up_rows) * max(itemsize, 4)
     return weights + reference + symmetric + rows + options.ranks * _PROCESS_BYTES
 
@@ -131,26 +136,6 @@ def check_memory(options: RunOptions) -> None:
     )
 
 
-def arena_sizes(options: RunOptions, shape: LayerShape) -> dict[str, int]:
-    """Arguments of ``flashmoe.distributed.init`` that fit this layer exactly."""
-    return {
-        "max_tokens": options.tokens,
-        "max_wire_bytes": shape.hidden_size * options.torch_dtype.itemsize,
-        "max_top_k": shape.top_k,
-        "max_experts": shape.num_experts,
-        "max_groups": 1,
-    }
-
-
-def _measure(options: RunOptions) -> dict[str, Any]:
-    if options.ranks == 1:
-        return run_rank(options)
-    init_kwargs = {
-        **arena_sizes(options, options.shape), "num_workers": options.threads, "remote_only": options.remote_only
-    }  # fmt: skip
-    return launch(run_rank, options.ranks, options, init_kwargs=init_kwargs)[0]
-
-
 def _gpu() -> dict[str, Any]:
     return {"gpu": torch.cuda.get_device_name(), "gpu_l2_bytes": torch.cuda.get_device_properties().L2_cache_size}
 
@@ -158,6 +143,8 @@ def _gpu() -> dict[str, Any]:
 def _transport(options: RunOptions) -> str:
     if options.ranks == 1:
         return "one process"
+    if options.virtual:
+        return "memory of one GPU, which virtual ranks share"
     if options.device == "cuda":
         return "NVSHMEM"
     if options.remote_only is None:

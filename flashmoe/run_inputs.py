@@ -12,12 +12,23 @@ from .module import MoE
 from .routing import Routing
 from .run_options import RunOptions
 from .skew import skewed, with_capacity
+from .virtual_layer import VirtualLayer
 
 
-def draw(options: RunOptions, ranks: Ranks, layer: MoE, number: int) -> tuple[torch.Tensor, Routing]:
-    """This rank's tokens of one of the inputs, and where they go."""
+def draw(options: RunOptions, ranks: Ranks, layer: MoE | VirtualLayer, number: int) -> tuple[torch.Tensor, Routing]:
+    """This process's tokens of one of the inputs, and where they go: a rank's, or those of all virtual ranks."""
+    mine = range(options.ranks) if options.virtual else [ranks.rank]
+    parts = [_of_rank(options, rank, layer, number) for rank in mine]
+    if len(parts) == 1:
+        return parts[0]
+    tokens, routings = zip(*parts, strict=True)
+    ids, weights = ([getattr(one, name) for one in routings] for name in ("topk_ids", "topk_weights"))
+    return torch.cat(tokens), Routing(torch.cat(ids), torch.cat(weights), options.shape.num_experts)
+
+
+def _of_rank(options: RunOptions, rank: int, layer: MoE | VirtualLayer, number: int) -> tuple[torch.Tensor, Routing]:
     activations = text_activations if options.input == "text" else random_activations
-    stretch = ranks.rank + number * ranks.size
+    stretch = rank + number * options.ranks
     x = activations(options.tokens, options.shape.hidden_size, rank=stretch, seed=options.seed)
     x = x.to(layer.down_proj.device, options.torch_dtype)
     routing = skewed(layer.router(x), options.skew, options.seed + stretch)

@@ -17,7 +17,8 @@ class RunOptions:
 
     ``skew`` and ``capacity_factor`` are of skew.py; with ``inputs`` above 1 as many inputs take turns, so that a call
     does not find its rows in a cache. ``trace`` is a file for the timeline of one more call. ``device`` is
-    cpu or cuda: the GPU of each rank; with ``graph`` calls are replayed from a CUDA graph.
+    cpu or cuda: the GPU of each rank, or with ``virtual`` one that all ranks share, as one grid of this process; with
+    ``graph`` calls are replayed from a CUDA graph.
     """
 
     shape: LayerShape
@@ -40,6 +41,11 @@ class RunOptions:
     trace: str | None = None
     device: str = "cpu"
     graph: bool = False
+    virtual: bool = False
+
+    @property
+    def processes(self) -> int:
+        return 1 if self.virtual else self.ranks
 
     @property
     def torch_dtype(self) -> torch.dtype:

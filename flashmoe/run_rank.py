@@ -21,7 +21,8 @@ from .module import MoE
 from .routing import Routing, make_router
 from .run_inputs import collect, draw
 from .run_options import RunOptions
-from .timeline import Trace, trace
+from .run_trace import Traced, summary, write_timeline
+from .virtual_layer import VirtualLayer
 
 
 def say(options: RunOptions, text: str) -> None:
@@ -47,7 +48,7 @@ def run_rank(options: RunOptions) -> dict[str, Any] | None:
     threads = options.threads
     ours, y = prepare("flashmoe", [partial(layer, *one) for one in inputs], threads, options.graph)
     repeat = ranks.collect_objects(torch.equal(_bits(y), _bits(layer(x, routing))))
-    stats = ranks.collect_objects(layer.stats)
+    stats = layer.stats if options.virtual else ranks.collect_objects(layer.stats)
 
     result: dict[str, Any] = {}
     check = None
@@ -79,7 +80,7 @@ def run_rank(options: RunOptions) -> dict[str, Any] | None:
     for one in pure:  # one rank measures what the machine does with the threads of all
         one.call = one.call if ranks.rank == 0 else None
     contenders.extend(pure)
-    link, sent = linking(threads, options.device, ranks) if options.ranks > 1 else (None, 0)
+    link, sent = linking(threads, options.device, ranks) if ranks.size > 1 else (None, 0)
     if link is not None and baselines.can_exchange(options.device):
         contenders.append(link)
     weights = layer.gate_up_proj.detach(), layer.down_proj.detach()
@@ -95,12 +96,16 @@ def run_rank(options: RunOptions) -> dict[str, Any] | None:
         if entered is not None:
             contenders.append(entered)
 
+    traced = Traced(ours, layer, ranks) if options.trace else None
+    if traced is not None:
+        contenders.append(traced)
+
     report("timing: " + ", ".join(contender.name for contender in contenders))
     processors = ProcessorTime()
     # A GPU's own events know nothing of other ranks.
     clock = gpu_seconds if options.device == "cuda" and ranks.size == 1 else host_seconds
     take_turns(contenders, ranks, options.iterations, options.warmup, options.seconds, report, clock)
-    timeline = _trace(options, ranks, ours) if options.trace else None
+    timeline = traced.timeline(ranks) if traced is not None else None
     processor_seconds = ranks.collect_objects(processors.mine())
     cores = processors.shares(sum(processor_seconds)) if ranks.rank == 0 else None
     if ranks.rank:
@@ -124,9 +129,8 @@ def run_rank(options: RunOptions) -> dict[str, Any] | None:
         "flops": flops,
     }
     if timeline is not None:
-        result["timeline"] = timeline.summary()
-        timeline.save(options.trace)
-        timeline.draw(Path(options.trace).with_suffix(".png"))
+        result["timeline"] = summary(timeline, ours, traced)
+        write_timeline(timeline, Path(options.trace), report)
     if routed is not None:
         result["latency_with_router"] = _speed(routed, flops)
     if link is not None and link.samples and all(result["bytes_per_peer"]):
@@ -136,18 +140,7 @@ def run_rank(options: RunOptions) -> dict[str, Any] | None:
     return result | _floor(ours, *pure, flops / amounts[0], touched, touched / amounts[1])
 
 
-def _trace(options: RunOptions, ranks: Ranks, ours: Contender) -> Trace | None:
-    """The timeline of one call of all ranks, on rank 0."""
-    torch.set_num_threads(ours.threads)
-    with trace(dist.group.WORLD if ranks.size > 1 else None) as traced:
-        for _ in range(2):  # the last one is kept, and found warm
-            ranks.barrier()
-            ours.call()
-    parts = ranks.collect_objects(traced)
-    return traced.gathered(parts) if parts is not None else None
-
-
-def _build(options: RunOptions, ranks: Ranks) -> tuple[MoE, MoE | None]:
+def _build(options: RunOptions, ranks: Ranks) -> tuple[MoE | VirtualLayer, MoE | None]:
     """This rank's layer and, on rank 0, the same layer with all experts; they share weights."""
     shape, group, owner = options.shape, None, None
     sizes = (shape.hidden_size, shape.intermediate_size, shape.num_experts, shape.top_k)
@@ -157,9 +150,12 @@ def _build(options: RunOptions, ranks: Ranks) -> tuple[MoE, MoE | None]:
     router = make_router(shape.router, shape.hidden_size, shape.num_experts, shape.top_k, **shape.router_options)
     torch.nn.init.normal_(router.weight, std=shape.hidden_size**-0.5)  # logits of unit variance
     router = router.to(options.device)
-    if options.ranks == 1:
-        layer = MoE(*sizes, router=router, **common)
-        return layer, layer
+    if options.processes == 1:
+        whole = MoE(*sizes, router=router, **common)
+        weights = whole.gate_up_proj, whole.down_proj
+        if not options.virtual:
+            return whole, whole
+        return VirtualLayer(shape, *weights, options.experts_per_rank, options.tokens, router), whole
     group, counts = dist.group.WORLD, options.experts_per_rank
     if len(set(counts)) > 1:
         owner = [rank for rank, count in enumerate(counts) for _ in range(count)]

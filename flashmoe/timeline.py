@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from .timeline_clocks import align, puts
+from .timeline_overlap import overlap
 
 # As TraceEvent of csrc/protocol/trace.h; times in nanoseconds of the host's monotonic clock, or of the GPU's own.
 EVENT = np.dtype(
@@ -74,7 +75,8 @@ class Trace:
         """Numbers of the call, in seconds and shares of all workers' time from its first event to its last.
 
         utilization: workers doing something. tiles: of it, matrix products. exposed: waiting between two pieces of
-        work, for rows or results under way or for another rank. tail: waiting after a worker's last piece. Also
+        work, for rows or results under way or for another rank. tail: waiting after a worker's last piece. overlap: of
+        the workers' time while rows are under way to their rank, what they work (None: no rows travel). Also
         rows_sent_seconds (copying rows to peers, all workers), lost_events, clock_step (the smallest difference between
         two times: a GPU's clock may stand still for a microsecond) and clock_error (None: it is not known).
         """
@@ -93,6 +95,7 @@ class Trace:
             "tiles": sum(_seconds(part, UP, DOWN) for _, part in work) / everything,
             "exposed": (everything - busy - tail) / everything,
             "tail": tail / everything,
+            "overlap": overlap(self.ranks),
             "rows_sent_seconds": sum(_seconds(part, SEND) for _, part in work) / 1e9,
             "lost_events": sum(rank.lost for rank in self.ranks),
             "clock_step": min(_clock_step(rank) for rank in self.ranks) / 1e9,

@@ -24,6 +24,7 @@ class Put:
 
     source: int
     worker: int
+    begun: int
     sent: int
     destination: int
     seen_by: int
@@ -51,7 +52,7 @@ def puts(ranks: list[RankTrace]) -> Iterator[Put]:
                 to, chunk = int(event["index"]), int(event["part"])
                 found = next((one for one in first.get((to, rank.rank), []) if one[1] > chunk), None)
                 if found is not None:  # else a shorter packet's empty ticket
-                    yield Put(rank.rank, worker, int(event["end"]), to, found[2], found[0], chunk)
+                    yield Put(rank.rank, worker, int(event["begin"]), int(event["end"]), to, found[2], found[0], chunk)
 
 
 def align(ranks: list[RankTrace]) -> float:

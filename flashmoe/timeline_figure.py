@@ -53,7 +53,7 @@ def draw(trace: Trace, path: Path) -> None:
         below += busy
     named = range(0, len(lanes), math.ceil(0.17 * len(lanes) / height))
     timeline.set_yticks(named, [lanes[lane][0] for lane in named], fontsize=8)
-    timeline.invert_yaxis()
+    timeline.set_ylim(len(lanes) - 0.5, -0.5)
     share.set_ylabel("workers")
     share.set_ylim(0, len(lanes))
     share.set_xlim(0, (end - begin) / 1e6)

@@ -163,14 +163,14 @@ def test_no_configuration_begins_after_the_time(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--device", "cuda"], "argument --device: this build has no CUDA half, or no GPU is here"),
+    (["--device", "cuda"], "argument --device: no GPU is here"),
     (["--graph"], "argument --graph: needs --device cuda and --ranks 1, got cpu and [1, 2]"),
     (["--graph", "--device", "cuda", "--ranks", "2"], "needs --device cuda and --ranks 1, got cuda and [2]"),
     (["--dtypes", "tf32"], "argument --dtypes: tf32 needs --device cuda"),
     (["--experts", "1"], "argument --experts: experts must be at least 8, a token's of qwen3-30b-a3b, got 1"),
 ])  # fmt: skip
 def test_what_cannot_be_measured_here_is_told_before_anything_is(arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr(cuda_teams, "has_cuda", lambda: False)
+    monkeypatch.setattr(cuda_teams, "missing", lambda: "no GPU is here")
     with pytest.raises(SystemExit) as exit:
         main(["bench", "layer", *arguments])
     assert exit.value.code == 2 and message in capsys.readouterr().err
@@ -178,7 +178,7 @@ def test_what_cannot_be_measured_here_is_told_before_anything_is(arguments, mess
 
 def test_on_gpus_the_papers_comparison_is_in_tf32_and_bf16(monkeypatch):
     seen = []
-    monkeypatch.setattr(cuda_teams, "has_cuda", lambda: True)
+    monkeypatch.setattr(cuda_teams, "missing", lambda: None)
     monkeypatch.setattr(bench_cli, "bench", lambda wanted, *_: seen.extend(wanted) or 0)
     main(["bench", "layer", "--paper", "--device", "cuda", "--tokens", "8192", "--graph"])
     assert [(one.dtype, one.ranks, one.torch_dtype) for one in seen] == [

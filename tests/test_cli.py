@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashmoe import _C, accuracy, activations, baselines, cli, contention, measure, run
+from flashmoe import _C, accuracy, activations, baselines, cli, contention, measure, run, run_world
 from flashmoe.baselines import hugging_face
 from flashmoe.models import SHAPES
 from flashmoe.routing import Routing
@@ -171,7 +171,7 @@ def broken_rank(options):
 
 
 def test_exception_in_a_rank_fails(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(run, "run_rank", broken_rank)
+    monkeypatch.setattr(run_world, "run_rank", broken_rank)
     file = tmp_path / "run.json"
     code, output = run_cli(capsys, "--scale", "32", "--json", str(file))
     assert code == 1
@@ -202,7 +202,7 @@ def test_record_that_cannot_be_written_fails(capsys, tmp_path):
 def test_too_little_memory_names_a_scale_that_fits(capsys, monkeypatch):
     there = 6 << 30
     monkeypatch.setattr(run, "available_memory", lambda: there)
-    monkeypatch.setattr(run, "run_rank", lambda options: pytest.fail("nothing may be built"))
+    monkeypatch.setattr(run_world, "run_rank", lambda options: pytest.fail("nothing may be built"))
     code, output = run_cli(capsys, "--model", "deepseek-v3", "--ranks", "1")
     words = last_line(output).split()
     assert code == 1 and words[0] == "FAILED"

@@ -9,7 +9,7 @@ import torch
 from timeline_checks import check_call, of_kind
 
 import flashmoe
-from flashmoe import _C, cli
+from flashmoe import _C, cli, report
 from flashmoe.records import read_records
 from flashmoe.timeline import ARRIVED, COMBINE, DOWN, EVENT, PLAN, SEND, UP, RankTrace, Trace
 
@@ -114,9 +114,41 @@ def test_numbers_of_a_made_up_call():
         RankTrace(0, [events((PLAN, 100, 140))], 0),
     ])  # fmt: skip
     assert trace.summary() == {
-        "seconds": 1e-7, "workers": 2, "utilization": 0.6, "tiles": 0.35, "exposed": 0.1, "tail": 0.3,
+        "seconds": 1e-7, "workers": 2, "utilization": 0.6, "tiles": 0.35, "exposed": 0.1, "tail": 0.3, "overlap": None,
         "rows_sent_seconds": 1e-8, "lost_events": 2, "clock_step": 1e-8, "clock_error": 0.0,
     }  # fmt: skip
+
+
+def test_overlap_is_what_a_rank_does_while_its_rows_are_under_way():
+    def events(*rows: tuple[int, int, int, int, int]) -> np.ndarray:
+        made = np.zeros(len(rows), EVENT)
+        for event, (kind, begin, end, index, part) in zip(made, rows, strict=True):
+            event["kind"], event["begin"], event["end"], event["index"], event["part"] = kind, begin, end, index, part
+        return made
+
+    # Rank 0 sends rank 1 two chunks, under way from 100 to 150 and from 140 to 200, and gets one, from 300 to 310.
+    sender = events((SEND, 100, 120, 1, 0), (SEND, 140, 160, 1, 1), (UP, 160, 305, 0, 0), (ARRIVED, 310, 310, 1, 1))
+    arrivals = (ARRIVED, 150, 150, 0, 1), (ARRIVED, 200, 200, 0, 2)
+    receiver = [events((UP, 110, 130, 0, 0), *arrivals, (SEND, 300, 302, 0, 0)), events((UP, 190, 260, 0, 0))]
+    trace = Trace([RankTrace(0, [sender], 0), RankTrace(1, receiver, 0)])
+    # To rank 1: 90 ns since its call began, of two workers, who work 20 and 10. To rank 0: 10 ns of one, who works 5.
+    assert trace.summary()["overlap"] == pytest.approx((20 + 10 + 5) / (180 + 10))
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (0.0, "at the end; a call"),
+        (2e-6, "; ranks' times right to 2 µs; a call"),
+        (None, "; ranks' clocks could not be compared; a call"),
+    ],
+)
+def test_the_line_of_numbers_tells_of_clocks_that_differ(error, told):
+    numbers = {
+        "seconds": 1e-3, "workers": 2, "utilization": 0.5, "tiles": 0.4, "exposed": 0.3, "tail": 0.2, "overlap": None,
+        "lost_events": 0, "clock_error": error, "cost": 1.0, "cost_quartiles": [1.0, 1.0],
+    }  # fmt: skip
+    assert told in report.timeline(numbers)
 
 
 def test_run_of_two_ranks_writes_what_perfetto_reads(tmp_path, capsys):
@@ -126,9 +158,12 @@ def test_run_of_two_ranks_writes_what_perfetto_reads(tmp_path, capsys):
         "--seconds", "1", "--baselines", "none", "--trace", str(file), "--json", str(tmp_path / "run.json"),
     ])  # fmt: skip
     output = capsys.readouterr().out
-    assert code == 0 and "of 2 workers" in output, output
+    assert code == 0 and "of 2 workers" in output and "a call that is traced takes" in output, output
     (record,) = read_records(tmp_path)
-    assert record.data["timeline"]["workers"] == 2 and record.data["timeline"]["lost_events"] == 0
+    timeline = record.data["timeline"]
+    assert (timeline["workers"], timeline["lost_events"]) == (2, 0) and 0 <= timeline["overlap"] <= 1
+    low, high = timeline["cost_quartiles"]
+    assert 0.2 < low <= timeline["cost"] <= high < 5, "noise, but ratios"
     entries = json.loads(file.read_text())["traceEvents"]
     lanes = {(one["pid"], one["tid"]) for one in entries if one["ph"] == "M" and one["name"] == "thread_name"}
     slices = [one for one in entries if one["ph"] == "X"]

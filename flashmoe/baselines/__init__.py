@@ -67,3 +67,9 @@ def on(device: str) -> list[str]:
 def of_ranks(ranks: int, names: Iterable[str] = NAMES) -> list[str]:
     """Those of ``names`` that a run of so many ranks can be compared with."""
     return [name for name in names if (_BASELINES[name].one_rank if ranks == 1 else _BASELINES[name].several_ranks)]
+
+
+def of_virtual_ranks(names: Iterable[str] = NAMES) -> list[str]:
+    """Those that a process with all tokens and experts can be compared with: others, and flashmoe as one rank."""
+    others = [name for name in of_ranks(1, names) if is_rival(name) or name == CEILING]
+    return [*others, *(name for name in names if name == ONE_PROCESS)]
