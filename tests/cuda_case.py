@@ -9,8 +9,9 @@ from torch import Tensor
 import flashmoe
 from flashmoe.cuda_teams import has_cuda
 from flashmoe.models import LayerShape
+from flashmoe.virtual_ranks import VirtualRanks
 
-__all__ = ["TF32", "CudaCase", "H", "has_cuda", "small_enough", "tf32_allowed", "worst_error"]
+__all__ = ["TF32", "CudaCase", "H", "Ranks", "has_cuda", "small_enough", "tf32_allowed", "worst_error"]
 
 H, I, E, K = 512, 384, 16, 4
 # Rounding of hidden and of each result to the dtype, on sums that fp32 holds; relative to the largest of the row.
@@ -87,6 +88,28 @@ class CudaCase:
     def call(self, **options) -> Tensor:
         return flashmoe.fused_moe(
             self.x, self.ids, self.weights, self.gate_up, self.down, **self.options, **options
+        )  # fmt: skip
+
+
+class Ranks:
+    """A case's tokens dealt to virtual ranks, and its experts by owner."""
+
+    def __init__(self, case: CudaCase, tokens, owners=None, **options):
+        self.case, ep_size = case, len(tokens)
+        self.parts = [part.split(list(tokens)) for part in (case.x, case.ids, case.weights)]
+        self.expert_map = None if owners is None else torch.tensor(owners, dtype=torch.int32)
+        owner = torch.arange(case.experts) * ep_size // case.experts if owners is None else self.expert_map
+        mine = [torch.nonzero(owner == rank).flatten().cuda() for rank in range(ep_size)]
+        self.experts = [[weights[experts] for experts in mine] for weights in (case.gate_up, case.down)]
+        self.team = VirtualRanks(
+            ep_size, max_tokens=max(*tokens, 1), max_wire_bytes=case.hidden * case.dtype.itemsize,
+            max_top_k=case.top_k, max_experts=case.experts, **{"timeout_s": 60.0, **options},
+        )  # fmt: skip
+
+    def call(self, **options):
+        return self.team(
+            *self.parts, *self.experts, activation=self.case.activation, gated=self.case.gated,
+            num_experts=self.case.experts, expert_map=self.expert_map, **options,
         )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from cuda_case import CudaCase, has_cuda, worst_error
 from rank_world import RankWorld
+from timeline_checks import check_rows_sent
 
 import flashmoe
 from flashmoe import groups, nvshmem, ops
@@ -134,6 +135,23 @@ def rows_of_a_layer() -> list[int]:
     case = CudaCase(tokens=32 * size, dtype=torch.float32)
     rows = torch.bincount(case.ids.flatten(), minlength=case.experts).tolist()
     return rows[case.experts * rank // size : case.experts * (rank + 1) // size]
+
+
+def traced_call(tokens: list[int]) -> tuple[flashmoe.timeline.Trace, list[list[int]]]:
+    """This rank's part of a timeline; and of all ranks the rows that each sends to each."""
+    call(tokens, torch.float32)
+    with flashmoe.trace(dist.group.WORLD) as trace:
+        _, case, _ = call(tokens, torch.float32)
+    owners = (case.ids * len(tokens) // case.experts).split(tokens)
+    return trace, [[int((one == to).any(-1).sum()) for to in range(len(tokens))] for one in owners]
+
+
+def test_timelines_of_processes_make_one():
+    with ranks_on_one_card(2) as world:
+        parts, rows = zip(*world.call(traced_call, [100, 33]), strict=True)
+        trace = parts[0].gathered(parts)
+        assert [rank.rank for rank in trace.ranks] == [0, 1] and trace.clock_error == 0, "one card, one clock"
+        check_rows_sent(trace.ranks, rows[0])
 
 
 def failing_call(layer: int = 0) -> bool:

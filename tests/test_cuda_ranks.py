@@ -4,34 +4,11 @@ import gc
 
 import pytest
 import torch
-from cuda_case import CudaCase, has_cuda, worst_error
+from cuda_case import CudaCase, Ranks, has_cuda, worst_error
 
 import flashmoe
-from flashmoe.virtual_ranks import VirtualRanks
 
 pytestmark = pytest.mark.skipif(not has_cuda(), reason="needs a GPU and a build with nvcc")
-
-
-class Ranks:
-    """A case's tokens dealt to ranks, and its experts by owner."""
-
-    def __init__(self, case: CudaCase, tokens, owners=None, **options):
-        self.case, ep_size = case, len(tokens)
-        self.parts = [part.split(list(tokens)) for part in (case.x, case.ids, case.weights)]
-        self.expert_map = None if owners is None else torch.tensor(owners, dtype=torch.int32)
-        owner = torch.arange(case.experts) * ep_size // case.experts if owners is None else self.expert_map
-        mine = [torch.nonzero(owner == rank).flatten().cuda() for rank in range(ep_size)]
-        self.experts = [[weights[experts] for experts in mine] for weights in (case.gate_up, case.down)]
-        self.team = VirtualRanks(
-            ep_size, max_tokens=max(*tokens, 1), max_wire_bytes=case.hidden * case.dtype.itemsize,
-            max_top_k=case.top_k, max_experts=case.experts, **{"timeout_s": 60.0, **options},
-        )  # fmt: skip
-
-    def call(self, **options):
-        return self.team(
-            *self.parts, *self.experts, activation=self.case.activation, gated=self.case.gated,
-            num_experts=self.case.experts, expert_map=self.expert_map, **options,
-        )  # fmt: skip
 
 
 @pytest.mark.parametrize("tokens", [[64, 64], [0, 33], [128, 1, 0, 77], [40] * 8, [512] * 8, [0, 0]], ids=str)
