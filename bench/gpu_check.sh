@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with one GPU and no network: build, test, sanitize, time; goes on past a failure and ends in a table.
 #   bench/gpu_check.sh [FOLDER for the records; default bench/results]
-# Each step has a limit of its own, so that all of it takes less than nine minutes.
+# Each step has a limit of its own, so that all of it takes less than nine minutes: tests/test_gpu_check.py adds up.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${1:-bench/results}
@@ -59,20 +59,30 @@ layers() {  # seconds, options ...
   "$python" -m flashmoe bench layer --device cuda --models mixtral-8x7b qwen3-30b-a3b flashmoe-paper --input random \
     --baselines chain,triton,virtual-8,ceiling --seconds 2 --seconds-total "$@" --out "$out/gpu"
 }
-export -f tests sanitize processes layers
+# One prefill call as Perfetto and a picture show it, and how much longer a call takes while it is traced.
+timeline() {
+  "$python" -m flashmoe run --device cuda --model mixtral-8x7b --tokens 8192 --input random --baselines none --iters 10 \
+    --seconds 3 --trace "$out/gpu/timeline.json" --json "$out/gpu/traced.json"
+}
+export -f tests sanitize processes layers timeline
 out=$(realpath "$out")
 export python out
 
-step build 150 "$python" setup.py --quiet build_ext --inplace
-step info 20 bash -c '"$python" -m flashmoe info && "$python" -m torch.distributed.run -m flashmoe info --distributed'
-step layer 80 bash -c 'tests tests/test_cuda.py'
-step ranks 45 bash -c 'tests tests/test_cuda_ranks.py'
-step graphs 35 bash -c 'tests tests/test_cuda_graphs.py'
-step processes 75 bash -c processes
-step memcheck 35 bash -c 'sanitize memcheck'
-step racecheck 35 bash -c 'sanitize racecheck'
-step prefill 35 bash -c 'layers 18 --tokens 8192 512'
-step decode 25 bash -c 'layers 12 --tokens 1 8 32 128 --graph'
+mkdir -p "$out/gpu"
+
+step build 138 "$python" setup.py --quiet build_ext --inplace
+step info 18 bash -c '"$python" -m flashmoe info && "$python" -m torch.distributed.run -m flashmoe info --distributed'
+step layer 70 bash -c 'tests tests/test_cuda.py'
+step ranks 40 bash -c 'tests tests/test_cuda_ranks.py'
+step graphs 28 bash -c 'tests tests/test_cuda_graphs.py'
+step trace 30 bash -c 'tests tests/test_cuda_trace.py'
+step timeline 26 bash -c timeline
+step processes 60 bash -c processes
+step memcheck 30 bash -c 'sanitize memcheck'
+step racecheck 30 bash -c 'sanitize racecheck'
+step prefill 28 bash -c 'layers 14 --tokens 8192 512'
+step decode 20 bash -c 'layers 9 --tokens 1 8 32 128 --graph'
+step micro 20 "$python" -m flashmoe bench micro -k bench_gpu --json "$out/gpu/micro.json"
 
 printf '\n'
 printf '%s\n' "${table[@]}" | tee "$out/gpu_check.txt"

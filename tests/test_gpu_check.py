@@ -1,0 +1,67 @@
+"""bench/gpu_check.sh without a GPU: its steps fit into nine minutes, name what there is, and fail one by one."""
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from flashmoe import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+# What a step would run: programs that tell what they were asked for, and `timeout`, which runs a step or has it fail.
+LOGGED = """#!/bin/bash
+printf '%q ' "$(basename "$0")" "$@" >> "$LOG"
+echo >> "$LOG"
+"""
+TIMEOUT = LOGGED + """shift 3
+case "$*" in *"$FAILING"*) exit 124 ;; esac
+exec "$@"
+"""
+
+
+@pytest.fixture
+def ran(tmp_path):
+    """ran(failing): the exit code, every command in its order, and the table."""
+
+    def run(failing: str = "nothing fails") -> tuple[int, list[list[str]], list[str]]:
+        programs, out, log = tmp_path / "bin", tmp_path / "out", tmp_path / "log"
+        programs.mkdir(exist_ok=True)
+        log.unlink(missing_ok=True)
+        names = ["fake_python", "timeout", "compute-sanitizer", "nvidia-smi", "nvidia-cuda-mps-control"]
+        for name in names:
+            (programs / name).write_text(TIMEOUT if name == "timeout" else LOGGED)
+            (programs / name).chmod(0o755)
+        environment = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHON": str(programs / "fake_python"),
+                                    "LOG": str(log), "FAILING": failing}  # fmt: skip
+        command = [ROOT / "bench" / "gpu_check.sh", out]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        commands = [shlex.split(line) for line in log.read_text().splitlines()]
+        return done.returncode, commands, (out / "gpu_check.txt").read_text().splitlines()
+
+    return run
+
+
+def test_steps_fit_into_nine_minutes_and_name_what_there_is(ran):
+    code, commands, table = ran()
+    assert code == 0 and all(line.endswith(" ok") for line in table), table
+    limits = [int(command[3]) for command in commands if command[0] == "timeout"]
+    assert len(limits) == len(table) and sum(limits) < 540, limits
+    asked = [command[1:] for command in commands if command[0] == "fake_python"]
+    flashmoe = [command[2:] for command in asked if command[:2] == ["-m", "flashmoe"]]
+    assert ["bench", "micro"] in [command[:2] for command in flashmoe] and "--trace" in sum(flashmoe, [])
+    for command in flashmoe:
+        cli._parser().parse_args(command)
+    files = [word for command in asked for word in command if word.startswith("tests/")]
+    assert "tests/test_cuda_trace.py" in files and all((ROOT / file).exists() for file in files)
+    assert {f"tests/{file.name}" for file in (ROOT / "tests").glob("test_cuda*.py")} - set(files) == {
+        "tests/test_cuda_arguments.py"
+    }, "which needs no GPU"
+
+
+def test_a_step_over_its_limit_costs_only_itself(ran):
+    code, commands, table = ran("test_cuda_trace.py")
+    assert code == 1 and sum(command[0] == "timeout" for command in commands) == len(table)
+    failed = [line for line in table if not line.endswith(" ok")]
+    assert len(failed) == 1 and failed[0].startswith("trace ") and "FAILED: over its 30 s" in failed[0]
