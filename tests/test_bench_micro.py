@@ -14,7 +14,9 @@ from flashmoe.cli import main
 from flashmoe.results import read_results
 
 ROOT = Path(__file__).resolve().parent.parent
-CHOSEN = "test_fused_moe_fixed_cost or test_take_alone or (test_signal and processes-size8192)"
+CHOSEN = (
+    "test_fused_moe_fixed_cost or test_take_alone or (test_signal and processes-size8192) or (test_dispatch and tokens16)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def test_record_is_of_what_was_asked_for_and_follows_its_schema(ran):
     record, printed, _ = ran
     assert {one["name"] for one in record.data["benchmarks"]} == {
         "test_fused_moe_fixed_cost[0]", "test_fused_moe_fixed_cost[1]", "test_take_alone[tiles6]",
-        "test_signal[processes-size8192]",
+        "test_signal[processes-size8192]", "test_dispatch[tokens16-ranks2]",
     }  # fmt: skip
     for one in record.data["benchmarks"]:
         assert one["name"] in printed

@@ -2,6 +2,7 @@
 // one, on rank 0, without an engine.
 #pragma once
 
+#include <cstring>
 #include <optional>
 
 #include "protocol/dispatcher.h"
@@ -55,13 +56,19 @@ class PlannedRanks {
     });
   }
 
-  // Seconds of each of `n` dispatches of all rows that go to other ranks, after the plan.
+  // Seconds of each of `n` dispatches of all rows that go to other ranks, after the plan, each chunk with its signal.
   double send(int n) {
     Dispatcher<P> dispatcher(context(0));
-    return seconds_each(n, [&](int i) {
+    for_each_chunk(0, [&](int d, int chunk) { std::memset(signal_of(d, chunk), 0, sizeof(uint64_t)); });
+    const double seconds = seconds_each(n, [&](int i) {
       ranks_[0]->call.x = x_ + i % copies_ * ranks_.size() * rows_bytes();
       send_all(0, dispatcher);
     });
+    for_each_chunk(0, [&](int d, int chunk) {
+      if (*signal_of(d, chunk) != make_signal(ranks_[0]->call.epoch, 0))
+        throw std::logic_error("a chunk was sent without its signal");
+    });
+    return seconds;
   }
 
   // Seconds of each of `n` times that the headers become the experts' lists, and these become row blocks.
@@ -140,13 +147,21 @@ class PlannedRanks {
     return reinterpret_cast<std::byte*>(memory_.back().get());
   }
 
-  void send_all(int r, Dispatcher<P>& dispatcher) {
+  // f(destination, chunk) of all that rank r has for others.
+  template <class F>
+  void for_each_chunk(int r, F&& f) const {
     const Rank& rank = *ranks_[r];
     for (int i = 1; i < rank.call.ep_size; ++i) {
       const int d = rank.call.canonical_source(i);
-      for (uint32_t chunk = 0; chunk * kChunkRows < rank.ws->num_slots[d]; ++chunk)
-        perform(dispatcher, {WorkKind::kSendChunk, d, int(chunk)});
+      for (uint32_t chunk = 0; chunk * kChunkRows < rank.ws->num_slots[d]; ++chunk) f(d, int(chunk));
     }
+  }
+  void send_all(int r, Dispatcher<P>& dispatcher) {
+    for_each_chunk(r, [&](int d, int chunk) { perform(dispatcher, {WorkKind::kSendChunk, d, chunk}); });
+  }
+  // By which `destination` learns of a chunk of rank 0.
+  uint64_t* signal_of(int destination, int chunk) const {
+    return reinterpret_cast<uint64_t*>(ranks_[destination]->platform->heap() + layout_.chunk_signal_at(0, chunk));
   }
   static void perform(Dispatcher<P>& dispatcher, const Work& work) {
     dispatcher.perform(Alone{}, work);
