@@ -11,7 +11,7 @@ from .bench_layer import PAPER_CAPACITY, bench, configurations
 from .bench_micro import bench_micro
 from .cores import usable_cores
 from .models import SHAPES
-from .run_options import GPU_DTYPES, RunOptions
+from .run_options import GPU_DTYPES, PASSES, RunOptions
 from .run_world import in_a_world
 from .simulation import command as scale
 from .skew import SKEWS
@@ -52,6 +52,9 @@ def _add_layer(commands: argparse._SubParsersAction) -> None:
              "--paper)")
     add("--skews", nargs="+", choices=SKEWS, default=["router"], metavar="S",
         help=f"where tokens go: {', '.join(SKEWS)} (default: router)")
+    add("--passes", nargs="+", choices=PASSES, default=["forward"], metavar="P",
+        help="forward; backward: a training step's worth, forward and then the gradients of tokens, top-k weights and "
+             "experts (default: forward)")
     add("--capacity-factor", type=seconds, metavar="F",
         help="drop what exceeds F times an expert's equal share (default: nothing is dropped)")
     add("--paper", action="store_true",
@@ -121,5 +124,6 @@ def _bench_layer(options: argparse.Namespace, arguments: list[str]) -> int:
         usable_threads=1, baselines=tuple(names), started=0.0, capacity_factor=options.capacity_factor,
         inputs=options.inputs, device=options.device, graph=options.graph,
     )  # fmt: skip
-    wanted = configurations(base, shapes, ranks, options.dtypes, options.tokens, options.skews, usable_cores())
+    lists = ranks, options.dtypes, options.tokens, options.skews, options.passes
+    wanted = configurations(base, shapes, *lists, usable_cores())
     return bench(list(wanted), options.out, ["flashmoe", *arguments], options.seconds_total)

@@ -24,21 +24,24 @@ from .run import check_memory, failure_of, finish, new_record, write
 from .run_options import RunOptions
 from .run_world import in_a_world, measure, processes_of_host, speaks
 
-_HEAD = tuple("layer,dtype,T,W,skew,p50,quartiles,GFLOP/s,compute,memory,link,against,faster by".split(","))
+_HEAD = tuple("layer,pass,dtype,T,W,skew,p50,quartiles,GFLOP/s,compute,memory,link,against,faster by".split(","))
 # The paper's own comparison (arXiv 2506.04667, section 4): every expert takes its equal share of tokens and no more.
 PAPER_CAPACITY = 1.0
 
 
 def configurations(
     base: RunOptions, shapes: Iterable[LayerShape], ranks: Iterable[int], dtypes: Iterable[str],
-    tokens: Iterable[int], skews: Iterable[str], cores: int,
+    tokens: Iterable[int], skews: Iterable[str], passes: Iterable[str], cores: int,
 ) -> Iterator[RunOptions]:  # fmt: skip
-    """Every combination; all shapes are measured before the next ranks, dtype, tokens, skew, in the order given: should
-    the time not do for all, the most valuable come first. The ``cores`` of a host are shared out among its ranks."""
-    for skew, num_tokens, dtype, num_ranks, shape in itertools.product(skews, tokens, dtypes, ranks, shapes):
+    """Every combination; all shapes are measured before the next ranks, dtype, tokens, skew, pass, in the order given:
+    should the time not do for all, the most valuable come first. The ``cores`` of a host are shared out among its
+    ranks."""
+    lists = passes, skews, tokens, dtypes, ranks, shapes
+    for each_pass, skew, num_tokens, dtype, num_ranks, shape in itertools.product(*lists):
         threads = max(1, cores // processes_of_host(num_ranks))
         yield dataclasses.replace(
             base, shape=shape, ranks=num_ranks, dtype=dtype, tokens=num_tokens, skew=skew, threads=threads,
+            passes=each_pass,
             usable_threads=max(cores, threads), started=time.time(),
             baselines=tuple(baselines.of_ranks(num_ranks, base.baselines)),
         )  # fmt: skip
@@ -60,10 +63,13 @@ def bench(wanted: list[RunOptions], out: Path | None, command: list[str], second
         if not speaks():
             continue
         if record["failure"] is None:
-            ours, floor = record["latency"], record["floor"]
-            share = f"{percent(floor['share_of_speed'])} of the floor's speed ({milliseconds(floor['seconds'])})"
-            print(f"flashmoe  p50 {milliseconds(ours['p50'])}, {ours['gflops']:.1f} GFLOP/s, {share}")
-            print(comparison(record["baselines"]), flush=True)
+            floor = f"floor {milliseconds(record['floor']['seconds'])}"
+            if ours := record.get("latency"):
+                share = f"{percent(record['floor']['share_of_speed'])} of the floor's speed"
+                print(f"flashmoe  p50 {milliseconds(ours['p50'])}, {ours['gflops']:.1f} GFLOP/s, {share}; {floor}")
+            else:
+                print(floor)
+            print(comparison(record), flush=True)
             rows.append(_line(Record(name, record), options.skew))
         else:
             failures.append(f"FAILED {name}: {record['failure']}")
@@ -92,6 +98,8 @@ def name_of(options: RunOptions) -> str:
         parts.append(f"capacity{options.capacity_factor:g}")
     if options.graph:
         parts.append("graph")
+    if options.backward:
+        parts.append("backward")
     return ".".join(parts)
 
 
@@ -125,19 +133,26 @@ def _record_of(options: RunOptions, command: list[str]) -> dict[str, Any]:
 
 
 def _in_cache(record: dict[str, Any]) -> bool:
-    return record["bytes"]["weights"] <= record["machine"].get("gpu_l2_bytes", 0)
+    return record["floor"]["weight_bytes_touched"] <= record["machine"].get("gpu_l2_bytes", 0)
 
 
 def _line(record: Record, skew: str) -> tuple[str, ...]:
-    """One row of the table: shares of the time that the work would need of each resource alone."""
+    """One row of the table: shares of the time that the work would need of each resource alone. Where the layer has no
+    time of its own, the shares are of the fastest rival's."""
     data, rival = record.data, record.rival()
-    latency, floor, link = data["latency"], data["floor"], data.get("link")
-    low, high = latency["quartiles"]
+    floor, link = data["floor"], data.get("link")
+    what = record.layer, record.passes, record.dtype, str(record.tokens), str(record.ranks), skew
+    latency = data.get("latency")
+    timed = latency or rival
+    if timed is None:
+        return *what, "no backward", *["–"] * (len(_HEAD) - len(what) - 1)
+    low, high = timed["quartiles"]
+    times = milliseconds(timed["p50"]), f"{milliseconds(low)} – {milliseconds(high)}", f"{timed['gflops']:.1f}"
+    if not latency:
+        times = f"no backward; {rival['name']} {times[0]}", *times[1:]
     return (
-        record.layer, record.dtype, str(record.tokens), str(record.ranks), skew, milliseconds(latency["p50"]),
-        f"{milliseconds(low)} – {milliseconds(high)}", f"{latency['gflops']:.1f}",
-        percent(floor["compute_seconds"] / latency["p50"]),
-        percent(floor["read_seconds"] / latency["p50"]) + "*" * _in_cache(data),
-        percent(link["seconds"] / latency["p50"]) if link else "–", rival["name"] if rival else "–",
-        "{:.2f} × ({:.2f} – {:.2f})".format(rival["ratio"], *rival["ratio_quartiles"]) if rival else "–",
+        *what, *times, percent(floor["compute_seconds"] / timed["p50"]),
+        percent(floor["read_seconds"] / timed["p50"]) + "*" * _in_cache(data),
+        percent(link["seconds"] / timed["p50"]) if link else "–", rival["name"] if rival else "–",
+        "{:.2f} × ({:.2f} – {:.2f})".format(rival["ratio"], *rival["ratio_quartiles"]) if latency and rival else "–",
     )  # fmt: skip

@@ -20,10 +20,11 @@ def latency(records: list[Record], pyplot: Any) -> Any:
 
     def panel(axes: Any, chosen: list[Record]) -> None:
         tokens = [record.tokens for record in chosen]
-        low, high = zip(*(record.data["latency"]["quartiles"] for record in chosen), strict=True)
-        axes.plot(tokens, [1e3 * record.data["latency"]["p50"] for record in chosen], "o-", ms=4, color=OURS,
-                  label="flashmoe")  # fmt: skip
-        axes.fill_between(tokens, [1e3 * s for s in low], [1e3 * s for s in high], color=OURS, alpha=0.2, lw=0)
+        if ours := [(record.tokens, latency) for record in chosen if (latency := record.data.get("latency"))]:
+            places, latencies = zip(*ours, strict=True)
+            low, high = zip(*(one["quartiles"] for one in latencies), strict=True)
+            axes.plot(places, [1e3 * one["p50"] for one in latencies], "o-", ms=4, color=OURS, label="flashmoe")
+            axes.fill_between(places, [1e3 * s for s in low], [1e3 * s for s in high], color=OURS, alpha=0.2, lw=0)
         rivals = [(record.tokens, rival) for record in chosen if (rival := record.rival())]
         axes.plot([t for t, _ in rivals], [1e3 * one["p50"] for _, one in rivals], "s--", ms=4, color=RIVAL,
                   label="the fastest of what one would use instead")  # fmt: skip
@@ -38,8 +39,8 @@ def throughput(records: list[Record], pyplot: Any) -> Any:
 
     def panel(axes: Any, chosen: list[Record]) -> None:
         tokens = [record.tokens for record in chosen]
-        axes.plot(tokens, [record.data["latency"]["gflops"] for record in chosen], "o-", ms=4, color=OURS,
-                  label="flashmoe")  # fmt: skip
+        ours = [(record.tokens, latency) for record in chosen if (latency := record.data.get("latency"))]
+        axes.plot([t for t, _ in ours], [one["gflops"] for _, one in ours], "o-", ms=4, color=OURS, label="flashmoe")
         rivals = [(record.tokens, rival) for record in chosen if (rival := record.rival())]
         axes.plot([t for t, _ in rivals], [one["gflops"] for _, one in rivals], "s--", ms=4, color=RIVAL,
                   label="the fastest of what one would use instead")  # fmt: skip
@@ -57,7 +58,7 @@ def throughput(records: list[Record], pyplot: Any) -> Any:
 def speedups(records: list[Record], pyplot: Any) -> Any:
     """How many times as fast as each baseline, with quartiles."""
     compared = [
-        (f"{record.layer} {record.dtype} T={record.tokens} W={record.ranks}", one)
+        (_what(record), one)
         for record in records
         for one in record.data["baselines"]
         if "ratio" in one and one["name"] not in (baselines.ONE_PROCESS, baselines.CEILING)
@@ -87,7 +88,7 @@ def speedups(records: list[Record], pyplot: Any) -> Any:
 
 def scaling(records: list[Record], pyplot: Any) -> Any:
     """Throughput of W processes over that of one with the same tokens and threads."""
-    several = [(record, one) for record in records if (one := record.one_process())]
+    several = [(record, one) for record in records if (one := record.one_process()) and "ratio" in one]
     if not several:
         return None
     figure, axes = pyplot.subplots(figsize=(6.4, 0.9 + 0.3 * len(several)))
@@ -95,9 +96,7 @@ def scaling(records: list[Record], pyplot: Any) -> Any:
     spread = around(ratios, [one["ratio_quartiles"] for _, one in several])
     axes.barh(range(len(several)), ratios, xerr=spread, color=OURS, height=0.6, error_kw={"lw": 1})
     axes.axvline(1, color="black", lw=0.8)
-    axes.set_yticks(
-        range(len(several)), [f"{one.layer} {one.dtype} T={one.tokens} W={one.ranks}" for one, _ in several]
-    )
+    axes.set_yticks(range(len(several)), [_what(one) for one, _ in several])
     axes.set_ylim(len(several) - 0.5, -0.5)
     axes.grid(axis="x")
     axes.set_xlabel("throughput over that of one process")
@@ -123,7 +122,8 @@ def memory(records: list[Record], pyplot: Any) -> Any:
 
 
 FIGURES: tuple[Figure, ...] = (
-    ("latency", latency, "Latency of one call over the tokens of a rank. Bands are quartiles."),
+    ("latency", latency, "Latency of one call over the tokens of a rank: forward, or forward and backward where a title "
+     "says so. Bands are quartiles."),
     ("throughput", throughput, "Throughput over the tokens of a rank, beside the machine's own ceilings."),
     ("speedups", speedups, "Speed against every baseline: medians and quartiles of ratios round by round."),
     ("scaling", scaling, "Several processes against one with the same tokens and threads."),
@@ -131,12 +131,18 @@ FIGURES: tuple[Figure, ...] = (
 )
 
 
+def _what(record: Record) -> str:
+    suffix = " backward" if record.passes == "backward" else ""
+    return f"{record.layer} {record.dtype} T={record.tokens} W={record.ranks}{suffix}"
+
+
 def _over_tokens(records: list[Record], pyplot: Any, panel: Callable[[Any, list[Record]], None], unit: str) -> Any:
-    """A panel for each layer, number of ranks and dtype that was run with several token counts."""
+    """A panel for each pass, layer, number of ranks and dtype that was run with several token counts."""
     alike: dict[str, list[Record]] = {}
-    for record in sorted(records, key=lambda record: (*record.order[:2], record.layer, record.tokens)):
+    for record in sorted(records, key=lambda record: (*record.order[:3], record.layer, record.tokens)):
         ranks = f", W = {record.ranks}" if record.ranks > 1 else ""
-        alike.setdefault(f"{record.layer}, {record.dtype}{ranks}", []).append(record)
+        both = "\nforward + backward" if record.passes == "backward" else ""
+        alike.setdefault(f"{record.layer}, {record.dtype}{ranks}{both}", []).append(record)
     alike = {what: chosen for what, chosen in alike.items() if len({record.tokens for record in chosen}) > 1}
     if not alike:
         return None

@@ -1,9 +1,9 @@
 """Time on a GPU as it sees it itself, by events, and calls that are replayed from a CUDA graph."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 
 CALLS_OF_A_GRAPH = 10
 
@@ -19,7 +19,7 @@ def gpu_seconds(call: Callable[[], object]) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def captured(calls: Sequence[Callable[[], Tensor]]) -> tuple[Callable[[], None], list[Tensor], int]:
+def captured(calls: Sequence[Callable[[], Any]]) -> tuple[Callable[[], None], list[Any], int]:
     """A replay of a graph in which the calls take turns, the results of the first turn, how many calls there are.
 
     Every call must have been made before, so that it finds its memory.
@@ -28,7 +28,10 @@ def captured(calls: Sequence[Callable[[], Tensor]]) -> tuple[Callable[[], None],
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = [call() for _ in range(rounds) for call in calls]
+        results = [call() for call in calls]
+        for _ in range(rounds - 1):  # whose results the graph may overwrite
+            for call in calls:
+                call()
     graph.replay()
     torch.cuda.synchronize()
-    return graph.replay, results[: len(calls)], len(results)
+    return graph.replay, results, rounds * len(calls)

@@ -15,7 +15,7 @@ def runs(records: Sequence[Record]) -> str:
     """One line a record, shares and ratios with their quartiles."""
     rows = []
     for record in records:
-        if (record.dtype, record.tokens) not in _SHOWN:
+        if (record.dtype, record.tokens) not in _SHOWN or record.passes != "forward":
             continue
         floor, rival = record.data["floor"], record.rival()
         low, high = (f"{100 * share:.0f}" for share in floor["share_of_speed_quartiles"])
@@ -59,6 +59,8 @@ class Aim:
         told, write = [], self.unit()
         for dtype in self.dtypes:
             for record in records:
+                if record.passes != "forward":
+                    continue
                 what = record.layer, record.dtype, record.tokens, record.ranks
                 if what == (layer, dtype, self.tokens, self.ranks) and (value := self.value(record)) is not None:
                     told.append(write(value) if value >= least else f"**{write(value)}**")

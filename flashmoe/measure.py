@@ -1,9 +1,11 @@
 """Timing several ways of doing the same work on all ranks, in turns, so that a noisy machine is unfair to none."""
 
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from . import _C
 _PAUSE_S = 0.005  # before each turn: threads of the one before may still spin
 _TURN_S = 0.004  # shorter calls are repeated until a turn lasts about this long
 _REPORT_S = 5.0
+_PATIENCE = timedelta(seconds=60)  # of ranks that have something to agree on
 _GEMM_SIZE = 2048
 _READ_BYTES = 256 << 20
 _COPY_BYTES = 64 << 20
@@ -23,8 +26,8 @@ _GPU_GEMM_SIZE, _GPU_COPY_BYTES = 8192, 1 << 30
 class Ranks:
     """What the measuring code asks of the other ranks; a process without a torch world is alone."""
 
-    def __init__(self) -> None:
-        alone = not dist.is_initialized()
+    def __init__(self, alone: bool = False) -> None:
+        alone = alone or not dist.is_initialized()
         self.rank, self.size = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
 
     def barrier(self) -> None:
@@ -57,6 +60,18 @@ class Ranks:
         dist.gather_object(value, values)
         return values
 
+    def everybodys(self, value: Any) -> list[Any]:
+        """Everybody's ``value``, by rank, on every rank.
+
+        Raises:
+            RuntimeError: some rank does not come, since it waits for others elsewhere.
+        """
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=_agreement(dist.group.WORLD))
+        return values
+
     def told(self, value: Any) -> Any:
         """Rank 0's ``value``, on every rank."""
         if self.size == 1:
@@ -64,6 +79,12 @@ class Ranks:
         values = [value]
         dist.broadcast_object_list(values)
         return values[0]
+
+
+@functools.cache
+def _agreement(world: Any) -> Any:
+    """A group of all ranks of its own: who waits there is not taken for one who waits in another's exchange."""
+    return dist.new_group(backend="gloo", timeout=_PATIENCE)
 
 
 Clock = Callable[[Callable[[], Any]], float]

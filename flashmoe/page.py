@@ -117,18 +117,23 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _runs(records: Sequence[Record]) -> str:
-    head = "layer, dtype, T, W, median, 95 %, GFLOP/s, floor, share, error, fastest rival, faster by".split(", ")
+    head = "layer, pass, dtype, T, W, median, 95 %, GFLOP/s, floor, share, error, fastest rival, faster by".split(", ")
     rows = []
     for record in records:
         data, rival = record.data, record.rival()
-        latency, floor = data["latency"], data["floor"]
+        floor, latency = data["floor"], data.get("latency")
+        what = [record.layer, record.passes, record.dtype, str(record.tokens), str(record.ranks)]
+        if latency is None:  # of the backward pass, which the layer has not; a rival's time stands in for "faster by"
+            time = milliseconds(rival["p50"]) if rival else ""
+            rows.append([*what, "no backward", "", "", milliseconds(floor["seconds"]), "", "",
+                         rival["name"] if rival else "", time])  # fmt: skip
+            continue
         low, high = floor["share_of_speed_quartiles"]
+        errors = [data["error"]["relative"], *(one["relative"] for one in data["error"].get("gradients", {}).values())]
         rows.append([
-            record.layer, record.dtype, str(record.tokens), str(record.ranks), milliseconds(latency["p50"]),
-            milliseconds(latency["p95"]), f"{latency['gflops']:.1f}", milliseconds(floor["seconds"]),
-            f"{percent(floor['share_of_speed'])} ({percent(low)} – {percent(high)})",
-            f"{data['error']['relative']:.1e}",
-            rival["name"] if rival else "", f"{rival['ratio']:.2f} ×" if rival else "",
+            *what, milliseconds(latency["p50"]), milliseconds(latency["p95"]), f"{latency['gflops']:.1f}",
+            milliseconds(floor["seconds"]), f"{percent(floor['share_of_speed'])} ({percent(low)} – {percent(high)})",
+            f"{max(errors):.1e}", rival["name"] if rival else "", f"{rival['ratio']:.2f} ×" if rival else "",
         ])  # fmt: skip
     return _table(head, rows)
 

@@ -96,7 +96,7 @@ def body(record: dict[str, Any]) -> str:
     if record["run"]["ranks"] > 1 and all(record["bytes_per_peer"]):
         parts.append(traffic(record["bytes_per_peer"]))
     if record["baselines"]:
-        parts.append(comparison(record["baselines"]))
+        parts.append(comparison(record))
     if is_contended(record["cores_while_timing"]):
         cores = record["cores_while_timing"]
         parts.append(
@@ -138,18 +138,20 @@ def _clocks(error: float | None) -> str:
     return f"; ranks' times right to {seconds_of(error)}" if error else ""
 
 
-def comparison(baselines: list[dict[str, Any]]) -> str:
-    rows = [["baseline", "p50", "p95", "samples", "GFLOP/s", "rel. error", "flashmoe is faster by"]]
+def comparison(record: dict[str, Any]) -> str:
+    """The baselines beside the floor, and how much faster the layer is where it was timed."""
+    rows = [["baseline", "p50", "p95", "samples", "GFLOP/s", "floor", "rel. error", "flashmoe is faster by"]]
     skipped = []
-    for one in baselines:
+    for one in record["baselines"]:
         if "skipped" in one:
             skipped.append(f"{one['name']}: skipped, {one['skipped']}")
             continue
-        low, high = one["ratio_quartiles"]
+        errors = [one[name] for name in ("relative_error",) if name in one] + [*one.get("gradient_errors", {}).values()]
+        ratio = "{:.2f} x ({:.2f} to {:.2f})".format(one["ratio"], *one["ratio_quartiles"]) if "ratio" in one else "–"
         rows.append([
             one["name"], milliseconds(one["p50"]), milliseconds(one["p95"]), str(one["samples"]),
-            f"{one['gflops']:.1f}", f"{one['relative_error']:.1e}" if "relative_error" in one else "–",
-            f"{one['ratio']:.2f} x ({low:.2f} to {high:.2f})",
+            f"{one['gflops']:.1f}", percent(record["floor"]["seconds"] / one["p50"]),
+            f"{max(errors):.1e}" if errors else "–", ratio,
         ])  # fmt: skip
     return "\n".join(([table(rows)] if len(rows) > 1 else []) + skipped)
 

@@ -59,7 +59,7 @@ def run(options: RunOptions, json_file: str | None, command: list[str]) -> int:
 def new_record(options: RunOptions, command: list[str]) -> dict[str, Any]:
     """What is known before anything is measured."""
     asked = ("ranks", "tokens", "dtype", "input", "threads", "seed", "iterations", "warmup", "seconds", "remote_only",
-             "skew", "capacity_factor", "inputs", "device", "graph", "virtual")  # fmt: skip
+             "skew", "capacity_factor", "inputs", "device", "graph", "virtual", "passes")  # fmt: skip
     return {
         "schema": 1,
         "ok": False,
@@ -95,6 +95,9 @@ def failure_of(error: dict[str, Any]) -> str | None:
         return "the result is not finite"
     if not error["relative"] <= error["bound"]:
         return f"relative error {error['relative']:.2e} is above its bound {error['bound']:.2e} ({place})"
+    for name, one in error.get("gradients", {}).items():
+        if not one["relative"] <= one["bound"]:
+            return f"relative error {one['relative']:.2e} of {name}'s gradient is above its bound {one['bound']:.2e}"
     if not error["bitwise_repeat"]:
         return "a second call with the same inputs gave other bits"
     return None
@@ -106,7 +109,9 @@ def bytes_needed(options: RunOptions, shape: LayerShape) -> int:
     # Rank 0 also holds the experts of the others, for the reference and for the run in one process.
     copies = 2 - 1 / options.ranks
     weights = int(copies * shape.num_experts * shape.expert_elements * itemsize)
-    reference = 8 * shape.expert_elements
+    if options.backward:  # gradients of one contender, and what its backward pass makes them of
+        weights += 2 * shape.num_experts * shape.expert_elements * itemsize
+    reference = 8 * shape.expert_elements * (3 if options.backward else 1)
     symmetric = 0
     if options.ranks > 1:
         symmetric = options.ranks * Settings(**run_world.arena_sizes(options, shape)).arena_bytes(options.ranks)

@@ -37,6 +37,12 @@ def _of_rank(options: RunOptions, rank: int, layer: MoE | VirtualLayer, number: 
     return x, routing
 
 
+def draw_gradient(options: RunOptions, ranks: Ranks, x: torch.Tensor, number: int) -> torch.Tensor:
+    """What comes back to y of one of the inputs: normal numbers."""
+    drawn = random_activations(*x.shape, rank=ranks.rank + number * ranks.size, seed=options.seed + 1)
+    return drawn.to(x.device, x.dtype)
+
+
 def collect(ranks: Ranks, x: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, Routing] | None:
     """The tokens of all ranks on rank 0. They travel in float32, which holds every dtype."""
     parts = [ranks.collect(part) for part in (x.float(), routing.topk_ids, routing.topk_weights)]

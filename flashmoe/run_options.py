@@ -9,6 +9,7 @@ from .models import LayerShape
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # On GPUs also float32 whose products are made in tf32.
 GPU_DTYPES = DTYPES | {"tf32": torch.float32}
+PASSES = ("forward", "backward")
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class RunOptions:
     ``skew`` and ``capacity_factor`` are of skew.py; with ``inputs`` above 1 as many inputs take turns, so that a call
     does not find its rows in a cache. ``trace`` is a file for the timeline of one more call. ``device`` is
     cpu or cuda: the GPU of each rank, or with ``virtual`` one that all ranks share, as one grid of this process; with
-    ``graph`` calls are replayed from a CUDA graph.
+    ``graph`` calls are replayed from a CUDA graph. ``passes`` is forward, or backward: a call is then a training step's
+    worth of the layer, forward and backward.
     """
 
     shape: LayerShape
@@ -41,6 +43,7 @@ class RunOptions:
     trace: str | None = None
     device: str = "cpu"
     graph: bool = False
+    passes: str = "forward"
     virtual: bool = False
 
     @property
@@ -50,6 +53,10 @@ class RunOptions:
     @property
     def torch_dtype(self) -> torch.dtype:
         return GPU_DTYPES[self.dtype]
+
+    @property
+    def backward(self) -> bool:
+        return self.passes == "backward"
 
     @property
     def routes(self) -> bool:

@@ -11,17 +11,18 @@ import torch.distributed as dist
 
 from . import baselines
 from .accuracy import Check, checked_tokens
-from .contenders import enter, prepare
+from .contenders import Judge, Make, enter, prepare
 from .contention import ProcessorTime
 from .gpu_timing import gpu_seconds
-from .measure import (
-    Contender, Ranks, gemm, host_seconds, linking, quantile, reading, speedup, spread, take_turns,
-)  # fmt: skip
+from .gradient_accuracy import GradientCheck
+from .itemised import bytes_of, floor_of, flops_of, link_of, load_of, speed
+from .measure import Contender, Ranks, gemm, host_seconds, linking, reading, speedup, spread, take_turns
 from .module import MoE
 from .routing import Routing, make_router
-from .run_inputs import collect, draw
+from .run_inputs import collect, draw, draw_gradient
 from .run_options import RunOptions
 from .run_trace import Traced, summary, write_timeline
+from .training_step import TIMED
 from .virtual_layer import VirtualLayer
 
 
@@ -46,28 +47,45 @@ def run_rank(options: RunOptions) -> dict[str, Any] | None:
     inputs = [draw(options, ranks, layer, number) for number in range(options.inputs)]
     x, routing = inputs[0]
     threads = options.threads
-    ours, y = prepare("flashmoe", [partial(layer, *one) for one in inputs], threads, options.graph)
+    forward = [partial(layer, *one) for one in inputs]
+    ours, y = prepare(baselines.OURS, forward, threads, options.graph and not options.backward)
     repeat = ranks.collect_objects(torch.equal(_bits(y), _bits(layer(x, routing))))
     stats = layer.stats if options.virtual else ranks.collect_objects(layer.stats)
 
     result: dict[str, Any] = {}
-    check = None
+    check = gradients = None
     everything = [collect(ranks, *one) for one in inputs]
+    grad_y = [draw_gradient(options, ranks, one, number) for number, (one, _) in enumerate(inputs) if options.backward]
+    all_grad_y = [ranks.collect(one.float()) for one in grad_y]
     all_y = ranks.collect(y.float())
     if ranks.rank == 0:
         all_x, all_routing = everything[0]
         report(f"reference: {checked_tokens(shape, len(all_x))} of {len(all_x)} tokens in float64")
         torch.set_num_threads(options.all_threads)
         check = Check(shape, whole, all_x, all_routing, options.tokens, options.dtype == "tf32")
+        if options.backward:
+            all_grad_y = [one.to(x.dtype) for one in all_grad_y]
+            gradients = GradientCheck(shape, whole, *everything[0], all_grad_y[0], options.dtype == "tf32")
         result = {
-            "routing": _load(options, all_routing),
+            "timed": TIMED[options.passes],
+            "routing": load_of(options, all_routing),
             "error": check.error_of(all_y) | {"bitwise_repeat": all(repeat)},
             "bytes_per_peer": [rank["bytes_per_peer"] for rank in stats],
             "rows_computed": [sum(rank["tokens_per_expert"]) for rank in stats],
         }
 
-    contenders, routed = [ours], None
-    if options.routes:
+    judge = Judge(ranks, options.experts_per_rank, check, gradients, ranks.told(gradients.experts if gradients else ()))
+    problem, results = _problem(options, inputs, layer, grad_y), []
+    if options.backward:
+        report("backward pass: flashmoe")
+        ours, said = enter(baselines.OURS, _calls_of(layer), problem, judge, threads, options.graph)
+        if ours is None:
+            results.append(said)
+        if gradients is not None and "gradient_errors" in said:
+            errors = {one: {"relative": e, "bound": gradients.bounds[one]} for one, e in said["gradient_errors"].items()}
+            result["error"] |= {"relative": said["relative_error"], "gradients": errors}
+    contenders, routed = [ours] if ours else [], None
+    if options.routes and not options.backward:
         try:
             routed = prepare("with router", [partial(layer, x) for x, _ in inputs], threads, options.graph)[0]
             contenders.append(routed)
@@ -83,15 +101,12 @@ def run_rank(options: RunOptions) -> dict[str, Any] | None:
     link, sent = linking(threads, options.device, ranks) if ranks.size > 1 else (None, 0)
     if link is not None and baselines.can_exchange(options.device):
         contenders.append(link)
-    weights = layer.gate_up_proj.detach(), layer.down_proj.detach()
-    problem = baselines.Problem(shape, inputs, *weights, options.experts_per_rank)
-    results = []
     for name in options.baselines:
         report(f"baseline: {name}")
         if name == baselines.ONE_PROCESS:
-            entered, said = _one_process(options, whole, everything, check)
+            entered, said = _one_process(options, whole, everything, all_grad_y, judge)
         else:
-            entered, said = enter(name, problem, ranks, check, threads, options.graph)
+            entered, said = enter(name, baselines.baseline(name).make, problem, judge, threads, options.graph)
         results.append(said)
         if entered is not None:
             contenders.append(entered)
@@ -110,12 +125,14 @@ def run_rank(options: RunOptions) -> dict[str, Any] | None:
     cores = processors.shares(sum(processor_seconds)) if ranks.rank == 0 else None
     if ranks.rank:
         return None
-    flops = shape.flops(sum(int(routing.tokens_per_expert().sum()) for _, routing in everything) // len(everything))
+    rows = sum(int(routing.tokens_per_expert().sum()) for _, routing in everything) // len(everything)
+    flops_by_product = flops_of(shape, rows, options.backward)
+    flops = sum(flops_by_product.values())
     timed = {contender.name: contender for contender in contenders}
     for entry in results:
         if entry["name"] in timed:
             other = timed[entry["name"]]
-            entry |= _speed(other, flops) | speedup(ours, other)
+            entry |= speed(other, flops) | (speedup(ours, other) if ours else {})
     result |= {
         "rates": {
             "threads": options.all_threads,
@@ -124,20 +141,26 @@ def run_rank(options: RunOptions) -> dict[str, Any] | None:
         },
         "clock": "GPU events" if clock is gpu_seconds else "host",
         "cores_while_timing": cores,
-        "latency": _speed(ours, flops),
         "baselines": results,
         "flops": flops,
+        "flops_by_product": flops_by_product,
     }
+    if ours is not None:
+        result["latency"] = speed(ours, flops)
+    if gradients is not None:
+        result["gradient_check"] = {
+            "bounds": gradients.bounds, "tokens": len(gradients.tokens), "experts": list(gradients.experts)
+        }  # fmt: skip
     if timeline is not None:
         result["timeline"] = summary(timeline, ours, traced)
         write_timeline(timeline, Path(options.trace), report)
     if routed is not None:
-        result["latency_with_router"] = _speed(routed, flops)
+        result["latency_with_router"] = speed(routed, flops)
     if link is not None and link.samples and all(result["bytes_per_peer"]):
-        result["link"] = _link(result["bytes_per_peer"], sent / spread(link.samples)["p50"])
-    result["bytes"] = _bytes(options, result["routing"], result["bytes_per_peer"])
-    touched = result["bytes"]["weights"]
-    return result | _floor(ours, *pure, flops / amounts[0], touched, touched / amounts[1])
+        result["link"] = link_of(options, result["bytes_per_peer"], sent / spread(link.samples)["p50"])
+    moved = result["bytes"] = bytes_of(options, result["routing"], result["bytes_per_peer"])
+    reads = (moved["weights"] + moved.get("weight_gradients", 0)) / amounts[1]
+    return result | floor_of(ours, *pure, flops / amounts[0], moved, reads)
 
 
 def _build(options: RunOptions, ranks: Ranks) -> tuple[MoE | VirtualLayer, MoE | None]:
@@ -170,76 +193,36 @@ def _build(options: RunOptions, ranks: Ranks) -> tuple[MoE | VirtualLayer, MoE |
     return layer, whole
 
 
+def _problem(options: RunOptions, inputs: list[Any], layer: MoE, grad_y: list[torch.Tensor]) -> baselines.Problem:
+    """As contenders get it; its weights are the layer's own parameters where they are to get gradients."""
+    weights = layer.gate_up_proj, layer.down_proj
+    counts = options.experts_per_rank
+    if not options.backward:
+        return baselines.Problem(options.shape, inputs, *(one.detach() for one in weights), counts)
+    for one in weights:
+        one.requires_grad_()
+    wanting = [
+        (x.detach().requires_grad_(), Routing(r.topk_ids, r.topk_weights.detach().requires_grad_(), r.num_experts))
+        for x, r in inputs
+    ]
+    return baselines.Problem(options.shape, wanting, *weights, counts, tuple(grad_y))
+
+
+def _calls_of(layer: MoE) -> Make:
+    return lambda problem: [partial(layer, *one) for one in problem.inputs]
+
+
 def _one_process(
-    options: RunOptions, whole: MoE | None, everything: list[Any], check: Check | None
-) -> tuple[Contender, dict[str, Any]]:
+    options: RunOptions, whole: MoE | None, everything: list[Any], grad_y: list[Any], judge: Judge
+) -> tuple[Contender | None, dict[str, Any]]:
     """The same tokens by the layer with all experts on rank 0, with the threads of all."""
-    if check is None:
-        return Contender(baselines.ONE_PROCESS, None, options.all_threads), {}
-    calls = [partial(whole, *one) for one in everything]
-    entered, y = prepare(baselines.ONE_PROCESS, calls, options.all_threads, options.graph)
-    return entered, {"name": entered.name, "relative_error": check.error_of(y.float())["relative"]}
-
-
-def _speed(contender: Contender, flops: int) -> dict[str, Any]:
-    latency = spread(contender.samples)
-    return latency | {"gflops": flops / latency["p50"] / 1e9}
-
-
-def _load(options: RunOptions, routing: Routing) -> dict[str, Any]:
-    """How uneven the routing is: maxima over means."""
-    experts = routing.tokens_per_expert()
-    ranks = torch.stack([part.sum() for part in experts.split(options.experts_per_rank)])
-    return {
-        "rows": int(experts.sum()),
-        "experts_used": int((experts > 0).sum()),
-        "busiest_expert": float(experts.max() / experts.double().mean()),
-        "busiest_rank": float(ranks.max() / ranks.double().mean()),
-    }
-
-
-def _bytes(options: RunOptions, load: dict[str, Any], bytes_per_peer: list[Any]) -> dict[str, int | None]:
-    """What a call of all ranks moves at least: each touched expert's weights, x and y once; the rows between the two
-    products, which need not leave a cache; and what was sent to other ranks, None where that is not counted."""
-    shape, itemsize = options.shape, options.torch_dtype.itemsize
-    rows = options.ranks * options.tokens * shape.hidden_size * itemsize
-    return {
-        "weights": load["experts_used"] * shape.expert_elements * itemsize,
-        "x": rows,
-        "y": rows,
-        "between": load["rows"] * shape.intermediate_size * itemsize,
-        "sent": sum(sum(map(sum, rank.values())) for rank in bytes_per_peer) if all(bytes_per_peer) else None,
-    }
-
-
-def _link(bytes_per_peer: list[dict[str, list[int]]], rate: float) -> dict[str, Any]:
-    """What the busiest rank sends, at the rate (bytes/s) at which all ranks copy memory at one time."""
-    sent = max(sum(map(sum, rank.values())) for rank in bytes_per_peer)
-    return {"bytes": sent, "gb_s": rate / 1e9, "seconds": sent / rate}
-
-
-def _floor(
-    ours: Contender, product: Contender, read: Contender, products: float, touched: int, reads: float
-) -> dict[str, Any]:
-    """The least time that this machine allows, were the work spread evenly, and how near ours comes to it.
-
-    The work is worth ``products`` pure products and ``reads`` pure readings of ``touched`` bytes of weights. Shares
-    of speed are medians and quartiles of ratios round by round: the machine is not equally fast in all rounds.
-    """
-    rounds = [number for number in ours.turns if number in product.turns and number in read.turns]
-    compute = [products * product.turns[number] for number in rounds]
-    read_all = [reads * read.turns[number] for number in rounds]
-    shares = [max(pair) / ours.turns[number] for number, *pair in zip(rounds, compute, read_all, strict=True)]
-    gemm_shares = [seconds / ours.turns[number] for number, seconds in zip(rounds, compute, strict=True)]
-    floor = {
-        "seconds": max(quantile(compute, 0.5), quantile(read_all, 0.5)),
-        "compute_seconds": quantile(compute, 0.5),
-        "read_seconds": quantile(read_all, 0.5),
-        "weight_bytes_touched": touched,
-        "share_of_speed": quantile(shares, 0.5),
-        "share_of_speed_quartiles": [quantile(shares, 0.25), quantile(shares, 0.75)],
-    }
-    return {"floor": floor, "gemm_share": quantile(gemm_shares, 0.5)}
+    name, entered, said = baselines.ONE_PROCESS, None, {}
+    if whole is not None:
+        problem = _problem(options, everything, whole, grad_y)
+        entered, said = enter(name, _calls_of(whole), problem, judge.alone(), options.all_threads, options.graph)
+    if judge.ranks.told(entered is not None) and entered is None:
+        entered = Contender(name, None, options.all_threads)
+    return entered, said
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

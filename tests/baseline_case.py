@@ -13,8 +13,10 @@ __all__ = ["drawn_problem", "worst_error"]
 def drawn_problem(
     tokens: int, top_k: int, experts: int, hidden: int, inner: int, *, activation: str = "silu", gated: bool = True,
     dtype: torch.dtype = torch.float32, used: int | None = None, dropped: float = 0.0, inputs: int = 2,
+    backward: bool = False,
 ) -> Problem:  # fmt: skip
-    """The tokens go to the first ``used`` experts only; a share of the entries is ``dropped``."""
+    """The tokens go to the first ``used`` experts only; a share of the entries is ``dropped``. With ``backward`` all
+    of it wants gradients."""
     shape = LayerShape("drawn", hidden, inner, experts, top_k, "softmax_topk", "", activation=activation, gated=gated)
     generator = torch.Generator().manual_seed(tokens + hidden)
 
@@ -28,7 +30,12 @@ def drawn_problem(
         weights = torch.rand(tokens, top_k, generator=generator) + 0.1
         pairs.append((normal(tokens, hidden).to(dtype), Routing(ids, weights, experts)))
     gate_up, down = normal(experts, shape.up_rows, hidden) * hidden**-0.5, normal(experts, hidden, inner) * inner**-0.5
-    return Problem(shape, pairs, gate_up.to(dtype), down.to(dtype), [experts])
+    weights = gate_up.to(dtype), down.to(dtype)
+    if not backward:
+        return Problem(shape, pairs, *weights, [experts])
+    for leaf in (*weights, *(leaf for x, routing in pairs for leaf in (x, routing.topk_weights))):
+        leaf.requires_grad_()
+    return Problem(shape, pairs, *weights, [experts], tuple(normal(tokens, hidden).to(dtype) for _ in pairs))
 
 
 def worst_error(problem: Problem, results: list[torch.Tensor]) -> float:

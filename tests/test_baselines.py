@@ -54,33 +54,32 @@ def test_what_needs_a_gpu_says_so(name):
         baselines.baseline(name).make(drawn_problem(3, 1, 2, 64, 64))
 
 
-def entered(problem, monkeypatch, make, graph=False):
-    monkeypatch.setitem(baselines._BASELINES, "chain", baselines.Baseline(make))
+def entered(problem, make, graph=False):
     whole = SimpleNamespace(gate_up_proj=problem.gate_up_proj, down_proj=problem.down_proj)
     check = Check(problem.shape, whole, *problem.inputs[0], problem.num_tokens)
-    return contenders.enter("chain", problem, measure.Ranks(), check, 1, graph)
+    return contenders.enter("chain", make, problem, contenders.Judge(measure.Ranks(), [1], check), 1, graph)
 
 
-def test_wrong_result_is_refused(monkeypatch):
+def test_wrong_result_is_refused():
     problem = drawn_problem(9, 2, 4, 32, 16)
     right = baselines.baseline("chain").make
-    contender, said = entered(problem, monkeypatch, right)
+    contender, said = entered(problem, right)
     assert contender.name == "chain" and said["relative_error"] < 1e-6
 
     def nearly(problem):
         return [lambda call=call: call() * 1.001 for call in right(problem)]
 
-    contender, said = entered(problem, monkeypatch, nearly)
+    contender, said = entered(problem, nearly)
     assert contender is None and said["skipped"].startswith("its result is wrong: relative error 1.0e-03, where ")
-    contender, said = entered(problem, monkeypatch, lambda problem: [lambda: torch.full((9, 32), torch.nan)] * 2)
+    contender, said = entered(problem, lambda problem: [lambda: torch.full((9, 32), torch.nan)] * 2)
     assert contender is None and "wrong: relative error nan" in said["skipped"]
 
 
-def test_one_that_raises_is_skipped_by_name(monkeypatch):
+def test_one_that_raises_is_skipped_by_name():
     def broken(problem):
         raise NotImplementedError("no such tile")
 
-    contender, said = entered(drawn_problem(3, 1, 2, 16, 16), monkeypatch, broken)
+    contender, said = entered(drawn_problem(3, 1, 2, 16, 16), broken)
     assert contender is None and said == {"name": "chain", "skipped": "it raised NotImplementedError: no such tile"}
 
 
@@ -90,7 +89,7 @@ def test_one_that_cannot_be_captured_is_skipped(monkeypatch):
 
     monkeypatch.setattr(contenders, "captured", uncapturable)
     make = baselines.baseline("chain").make
-    contender, said = entered(drawn_problem(3, 1, 2, 16, 16), monkeypatch, make, graph=True)
+    contender, said = entered(drawn_problem(3, 1, 2, 16, 16), make, graph=True)
     assert contender is None and "not permitted when stream is capturing" in said["skipped"]
 
 

@@ -107,9 +107,36 @@ def _with(value, *path):
 RUN, MICRO, SCALE = "qwen3.w1.t1.fp32.json", "micro.json", "scale.json"
 
 
+def _backward(change=lambda data: None):
+    """A record of the backward pass, which the layer has not, and a change of it."""
+
+    def made(data):
+        errors = dict.fromkeys(("x", "topk_weights", "gate_up_proj", "down_proj"), 1e-7)
+        del data["latency"], data["floor"]["share_of_speed"], data["floor"]["share_of_speed_quartiles"]
+        data["run"]["passes"], data["timed"] = "backward", "all"
+        data["flops_by_product"] = dict.fromkeys(("forward", "row_gradients", "weight_gradients"), data["flops"])
+        data["bytes"] = dict.fromkeys(
+            ("weights", "x", "y", "between", "sent", "weight_gradients", "grad_x", "grad_y"), 1
+        )  # fmt: skip
+        data["gradient_check"] = {"bounds": errors, "tokens": 1, "experts": [0]}
+        for one in data["baselines"]:
+            one["gradient_errors"] = errors
+            one.pop("ratio", None)
+        data["baselines"].insert(0, {"name": "flashmoe", "skipped": "no backward"})
+        change(data)
+
+    return made
+
+
 @pytest.mark.parametrize(
     ("name", "change", "told"),
     [
+        (RUN, _backward(_without("baselines", 0)), r"\$\.baselines: .* does not contain items matching"),
+        (RUN, _backward(_with("forward", "run", "passes")), r"\$\.run\.passes: 'backward' was expected"),
+        (RUN, _backward(_without("baselines", 1, "gradient_errors")), r"\$\.baselines\[1\]"),
+        (RUN, _backward(_without("gradient_check")), r"\$: 'gradient_check' is a required property"),
+        (RUN, _without("latency"), r"\$\.run: 'passes' is a required property"),
+        (RUN, _without("floor", "share_of_speed"), r"\$\.floor: 'share_of_speed' is a required property"),
         (RUN, _without("machine", "processor"), r"\$\.machine: 'processor' is a required property"),
         (RUN, _with(False, "ok"), r"\$\.ok: True was expected"),
         (RUN, _with(0, "latency", "p50"), r"\$\.latency\.p50: 0 is less than or equal to the minimum of 0"),
@@ -134,6 +161,19 @@ def test_record_that_breaks_its_schema_is_named(tmp_path, name, change, told, ca
         read_results(tmp_path)
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
     assert "broken.json" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_record_of_the_backward_pass_that_the_layer_has_not(tmp_path, results):
+    data = schema.read_json(RESULTS / RUN)
+    _backward()(data)
+    (tmp_path / "one.json").write_text(json.dumps(data))
+    (tmp_path / RUN).write_text((RESULTS / RUN).read_text())
+    forward, backward = read_results(tmp_path).runs
+    assert (forward.passes, backward.passes) == ("forward", "backward")
+    assert backward.rival()["name"] == forward.rival()["name"] and backward.compared("flashmoe") is None
+    assert runs([forward, backward]) == runs([forward])
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "index.html").read_text().count("<td>no backward</td>") == 1
 
 
 def test_other_json_is_left_out_and_named(tmp_path, capsys):

@@ -12,9 +12,10 @@ from . import ceiling, chain, hugging_face, libraries, pipeline, triton_moe, vir
 from .pipeline import can_exchange
 from .problem import Call, Problem, Skipped
 
-__all__ = ["CEILING", "NAMES", "ONE_PROCESS", "Call", "Problem", "Skipped", "baseline", "can_exchange", "is_rival",
-           "of_ranks", "on"]  # fmt: skip
+__all__ = ["CEILING", "NAMES", "ONE_PROCESS", "OURS", "Call", "Problem", "Skipped", "baseline", "can_exchange",
+           "is_rival", "of_ranks", "on"]  # fmt: skip
 
+OURS = "flashmoe"
 CEILING = "ceiling"
 ONE_PROCESS = "one-process"
 
@@ -56,7 +57,7 @@ def baseline(name: str) -> Baseline:
 
 def is_rival(name: str) -> bool:
     """Whether it is something else that one would use: neither flashmoe in another form nor a bound."""
-    return name not in _BASELINES or _BASELINES[name].rival
+    return name != OURS and (name not in _BASELINES or _BASELINES[name].rival)
 
 
 def on(device: str) -> list[str]:

@@ -8,7 +8,8 @@ from .problem import Call, Problem
 
 
 def make(problem: Problem) -> list[Call]:
-    """Two products with this rank's kept entries for rows, as if all had one expert. They compute nothing to check.
+    """Two products with this rank's kept entries for rows, as if all had one expert, and with the backward pass the
+    four of their gradients. They compute nothing to check.
 
     On a CPU they are of the dtype or of float32, whichever is faster there: not every BLAS is good at 16 bits.
     """
@@ -28,11 +29,23 @@ def _products(problem: Problem, rows: int, dtype: torch.dtype) -> Call:
     hidden, down = drawn(rows, shape.intermediate_size), drawn(shape.hidden_size, shape.intermediate_size)
     wide, y = drawn(rows, shape.up_rows), drawn(rows, shape.hidden_size)
 
-    def call() -> torch.Tensor:
+    def forward() -> torch.Tensor:
         torch.mm(x, up.T, out=wide)
         return torch.mm(hidden, down.T, out=y)
 
-    return call
+    if not problem.backward:
+        return forward
+    grad_x, grad_hidden = torch.empty_like(x), torch.empty_like(hidden)
+    grad_up, grad_down = torch.empty_like(up), torch.empty_like(down)
+
+    def step() -> torch.Tensor:
+        forward()
+        torch.mm(y.T, hidden, out=grad_down)
+        torch.mm(y, down, out=grad_hidden)
+        torch.mm(wide.T, x, out=grad_up)
+        return torch.mm(wide, up, out=grad_x)
+
+    return step
 
 
 def _seconds(call: Call) -> float:

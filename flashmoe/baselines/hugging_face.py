@@ -23,6 +23,7 @@ def make(implementation: str, problem: Problem) -> list[Call]:
     shape = problem.shape
     if implementation == "batched_mm":
         needed = problem.num_tokens * shape.top_k * shape.expert_elements * problem.dtype.itemsize
+        needed *= 2 if problem.backward else 1  # the copies' gradients
         on_gpu = problem.device.type == "cuda"
         limit = (torch.cuda.mem_get_info(problem.device)[0] if on_gpu else available_memory()) // 4
         if needed > limit:
@@ -48,8 +49,9 @@ def make(implementation: str, problem: Problem) -> list[Call]:
     with torch.device("meta"):
         experts = Experts(config)
     up_name = "gate_up_proj" if shape.gated else "up_proj"
-    setattr(experts, up_name, torch.nn.Parameter(problem.gate_up_proj, False))
-    experts.down_proj = torch.nn.Parameter(problem.down_proj, False)
+    for name, weights in ((up_name, problem.gate_up_proj), ("down_proj", problem.down_proj)):
+        delattr(experts, name)  # a parameter would be another leaf, and the gradient would be its own
+        setattr(experts, name, weights)
     return [
         partial(experts, x, routing.topk_ids, routing.topk_weights.to(x.dtype)) for x, routing in problem.inputs
     ]

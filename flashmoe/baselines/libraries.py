@@ -99,8 +99,8 @@ def sonicmoe(problem: Problem) -> list[Call]:
     def call(x: Tensor, scores: Tensor, token: Tensor, expert: Tensor) -> Tensor:
         return moe(
             x, scores, token, expert, gate_up, None, down, None, E=problem.shape.num_experts,
-            stream_id=torch.cuda.current_stream().cuda_stream, activation_type=kind, is_inference_mode_enabled=True,
-            concat_layout=True,
+            stream_id=torch.cuda.current_stream().cuda_stream, activation_type=kind, concat_layout=True,
+            is_inference_mode_enabled=not problem.backward,
         )[0]  # fmt: skip
 
     calls = []
@@ -150,6 +150,10 @@ def tutel(problem: Problem) -> list[Call]:
     tutel_moe = _imported("tutel.moe", "pip install --no-build-isolation git+https://github.com/microsoft/tutel@main")
     gate_up, down = (weights.transpose(1, 2) for weights in (problem.gate_up_proj, problem.down_proj))
 
+    def scored(x: Tensor, routing: Routing) -> Tensor:
+        none = x.new_zeros(len(x), problem.shape.num_experts, dtype=torch.float32)
+        return none.scatter(1, routing.topk_ids.long(), routing.topk_weights.float())
+
     def call(x: Tensor, scores: Tensor) -> Tensor:
         # A capacity factor of 0 drops nothing.
         planned: tuple[Any, Any] = tutel_moe.top_k_routing(
@@ -158,8 +162,6 @@ def tutel(problem: Problem) -> list[Call]:
         rows = tutel_moe.fast_encode(x, planned[0])
         return tutel_moe.fast_decode(torch.bmm(problem.activate(torch.bmm(rows, gate_up)), down), planned[0])
 
-    return [
-        partial(call, x, x.new_zeros(len(x), problem.shape.num_experts, dtype=torch.float32)
-                .scatter(1, routing.topk_ids.long(), routing.topk_weights.float()))
-        for x, routing in problem.inputs
-    ]  # fmt: skip
+    if problem.backward:
+        return [lambda x=x, routing=routing: call(x, scored(x, routing)) for x, routing in problem.inputs]
+    return [partial(call, x, scored(x, routing)) for x, routing in problem.inputs]

@@ -17,6 +17,25 @@ def can_exchange(device: str) -> bool:
     return device == "cpu" or "cuda:nccl" in dist.get_backend_config()
 
 
+class Exchange(torch.autograd.Function):
+    """all_to_all_single of rows, whose gradients travel the same ways back."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, receive: list[int], send: list[int]) -> Tensor:
+        ctx.ways = send, receive
+        return _exchanged(rows, receive, send)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _exchanged(grad.contiguous(), *ctx.ways), None, None
+
+
+def _exchanged(rows: Tensor, receive: list[int], send: list[int]) -> Tensor:
+    received = rows.new_empty(sum(receive), rows.shape[1])
+    dist.all_to_all_single(received, rows, receive, send)
+    return received
+
+
 def grouped_mm_ffn(rows: Tensor, counts: Tensor, problem: Problem) -> Tensor:
     """The experts' FFN on ``rows`` [R, H] sorted by expert, ``counts`` [E_local] of them each."""
     offsets = counts.cumsum(0).to(torch.int32)
@@ -64,16 +83,14 @@ def make(ffn: Callable[[Tensor, Tensor, Problem], Tensor], problem: Problem) -> 
         dist.all_to_all_single(arriving, counts, [num_local] * world_size, problem.experts_per_rank)
         send = [part.sum().item() for part in counts.split(problem.experts_per_rank)]
         receive = arriving.view(world_size, num_local).sum(1).tolist()
-        rows = x.new_empty(sum(receive), x.shape[1])
-        dist.all_to_all_single(rows, x[order // top_k], receive, send)
+        rows = Exchange.apply(x[order // top_k], receive, send)
         # They came source by source, each sorted by expert; the experts want all sources together.
         expert = torch.arange(num_local, device=device).repeat(world_size).repeat_interleave(arriving)
         by_expert = expert.argsort(stable=True)
         out = ffn(rows[by_expert], arriving.view(world_size, num_local).sum(0), problem)
         results = torch.empty_like(rows)
         results[by_expert] = out
-        returned = x.new_empty(kept, x.shape[1])
-        dist.all_to_all_single(returned, results, send, receive)
+        returned = Exchange.apply(results, send, receive)
         unsorted = x.new_empty(num_tokens * top_k, x.shape[1])
         if kept < len(unsorted):
             unsorted.zero_()

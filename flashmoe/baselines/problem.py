@@ -25,6 +25,9 @@ class Problem:
         inputs: this rank's tokens [T, hidden_size] and where they go; a baseline makes one call for each of them.
         gate_up_proj, down_proj: this rank's experts.
         experts_per_rank: neighbouring experts, rank by rank.
+        grad_y: of each input, where the backward pass is asked for, too; tokens, their weights and the experts then
+            want gradients. A call is made in grad mode and differentiated each time, so what is derived from them
+            before the calls must be views or casts, which keep nothing that the first backward pass would free.
     """
 
     shape: LayerShape
@@ -32,6 +35,7 @@ class Problem:
     gate_up_proj: Tensor
     down_proj: Tensor
     experts_per_rank: list[int]
+    grad_y: tuple[Tensor, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -40,6 +44,16 @@ class Problem:
     @property
     def device(self) -> torch.device:
         return self.down_proj.device
+
+    @property
+    def backward(self) -> bool:
+        return bool(self.grad_y)
+
+    def leaves(self, number: int) -> dict[str, Tensor]:
+        """What gets a gradient in the call of this input."""
+        x, routing = self.inputs[number]
+        weights = {"gate_up_proj": self.gate_up_proj, "down_proj": self.down_proj}
+        return {"x": x, "topk_weights": routing.topk_weights, **weights}
 
     @property
     def num_tokens(self) -> int:

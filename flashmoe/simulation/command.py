@@ -90,7 +90,8 @@ def _chosen(options: argparse.Namespace, report: Callable[[str], None]) -> dict[
     """What to do, by its name in the record."""
 
     def validate() -> dict[str, Any]:
-        records = [one for folder in options.results.split(",") for one in read_records(Path(folder))]
+        found = [one for folder in options.results.split(",") for one in read_records(Path(folder))]
+        records = [one for one in found if one.passes == "forward"]
         report(f"validation: {len(records)} measured runs")
         fit = validation.fit_host(records)
         return {"fit": asdict(fit), "fitted_to": validation.FITTED, "runs": validation.compare(records, fit)}
