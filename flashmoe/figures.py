@@ -86,6 +86,32 @@ def speedups(records: list[Record], pyplot: Any) -> Any:
     return figure
 
 
+def training(records: list[Record], pyplot: Any) -> Any:
+    """Which share of the floor's speed each contender reaches forward and backward."""
+    records = [record for record in records if record.passes == "backward"]
+    timed = [
+        (place, one["name"], record.data["floor"]["seconds"] / one["p50"])
+        for place, record in enumerate(records)
+        for one in [{"name": baselines.OURS, **record.data.get("latency", {})}, *record.data["baselines"]]
+        if "p50" in one
+    ]
+    if not timed:
+        return None
+    figure, axes = pyplot.subplots(figsize=(8, 1.4 + 0.26 * len(records)))
+    used = {name for _, name, _ in timed}
+    for name in [name for name in (baselines.OURS, *baselines.NAMES) if name in used]:
+        look = {"color": OURS, "marker": "o"} if name == baselines.OURS else look_of_baseline(name)
+        places, shares = zip(*((place, share) for place, one, share in timed if one == name), strict=True)
+        axes.plot([100 * share for share in shares], places, ls="", ms=5, **look, label=name)
+    axes.set_yticks(range(len(records)), [_what(record) for record in records])
+    axes.set_ylim(len(records) - 0.5, -0.5)
+    axes.set_xlim(left=0)
+    axes.grid(axis="x")
+    axes.set_xlabel("% of the floor's speed")
+    legend_below(figure, 4)
+    return figure
+
+
 def scaling(records: list[Record], pyplot: Any) -> Any:
     """Throughput of W processes over that of one with the same tokens and threads."""
     several = [(record, one) for record in records if (one := record.one_process()) and "ratio" in one]
@@ -126,6 +152,7 @@ FIGURES: tuple[Figure, ...] = (
      "says so. Bands are quartiles."),
     ("throughput", throughput, "Throughput over the tokens of a rank, beside the machine's own ceilings."),
     ("speedups", speedups, "Speed against every baseline: medians and quartiles of ratios round by round."),
+    ("training", training, "Forward and backward: speed as a share of the floor's, of those who have a backward pass."),
     ("scaling", scaling, "Several processes against one with the same tokens and threads."),
     ("memory", memory, f"Symmetric memory of one group, {_MEMORY_TOKENS} tokens a rank in bf16, nothing dropped."),
 )
@@ -154,5 +181,5 @@ def _over_tokens(records: list[Record], pyplot: Any, panel: Callable[[Any, list[
         axes.set_ylabel(unit)
         scale_counts(axes, [record.tokens for record in chosen], "tokens")
         axes.grid()
-    legend_below(figure, 2)
+    legend_below(figure, 2 if len(alike) > 2 else 1)
     return figure

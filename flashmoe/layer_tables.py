@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .baselines import OURS
 from .markdown import markdown
 from .records import Record
 
@@ -25,6 +26,24 @@ def runs(records: Sequence[Record]) -> str:
             "{:.2f} × ({:.2f} – {:.2f})".format(rival["ratio"], *rival["ratio_quartiles"]) if rival else "",
         ])  # fmt: skip
     return markdown(("layer", "T · W", "share of the floor's speed", "against", "faster by"), rows)
+
+
+def training(records: Sequence[Record]) -> str:
+    """Forward and backward: one line a contender, the layer among them where it has a time."""
+    rows = []
+    for record in records:
+        if record.passes == "forward":
+            continue
+        floor, ours = record.data["floor"]["seconds"], record.data.get("latency")
+        for one in ([{"name": OURS, **ours}] if ours else []) + record.data["baselines"]:
+            row = [f"{record.layer}, {record.dtype}", f"{record.tokens} · {record.ranks}", one["name"]]
+            if "skipped" in one:
+                rows.append([*row, one["skipped"].partition(":")[0], "", ""])
+                continue
+            low, high = (1e3 * seconds for seconds in one["quartiles"])
+            share, rate = f"{100 * floor / one['p50']:.0f} %", f"{one['gflops']:.0f}"
+            rows.append([*row, f"{1e3 * one['p50']:.0f} ({low:.0f} – {high:.0f})", rate, share])
+    return markdown(("layer", "T · W", "of", "ms (quartiles)", "GFLOP/s", "share of the floor's speed"), rows)
 
 
 def _share(record: Record) -> float:
@@ -95,4 +114,4 @@ def aims(records: Sequence[Record]) -> str:
     return markdown(("aim", *_LAYERS.values()), rows)
 
 
-TABLES: dict[str, Callable[[Any], str]] = {"runs": runs, "aims": aims}
+TABLES: dict[str, Callable[[Any], str]] = {"runs": runs, "aims": aims, "training": training}

@@ -12,7 +12,7 @@ from flashmoe.cli import main
 from flashmoe.documents import with_tables
 from flashmoe.drawing import draw_all
 from flashmoe.layer_tables import runs
-from flashmoe.report import seconds_of
+from flashmoe.report import milliseconds, seconds_of
 from flashmoe.results import read_results
 from flashmoe.simulation import figures as scale_figures
 
@@ -69,7 +69,8 @@ def test_page_holds_every_record_and_every_figure(drawn, results):
     identifiers = re.findall(r' id="([^"]+)"', page)
     assert len(identifiers) == len(set(identifiers)), "two figures share a name, so one would show parts of the other"
     for record in results.runs:
-        assert f"{record.data['latency']['gflops']:.1f}" in page
+        latency = record.data.get("latency")
+        assert (f"{latency['gflops']:.1f}" if latency else f"<td>{milliseconds(record.rival()['p50'])}</td>") in page
     for one in results.micro.operations:
         assert f"<td>{one.name}</td><td>{seconds_of(one.median)}</td>" in page
     for one in results.scale["gpus"]:
@@ -193,7 +194,7 @@ def test_other_json_is_left_out_and_named(tmp_path, capsys):
         ("no marks", "must have tables between marks in pairs"),
         ("<!-- from bench/results: runs -->\n", "must have tables between marks in pairs"),
         ("<!-- from bench/results: runs -->\n<!-- until here --> <!-- until here -->", "must have tables"),
-        ("<!-- from bench/results: walks -->\n<!-- until here -->", "there is no table 'walks', only runs, aims"),
+        ("<!-- from bench/results: walks -->\n<!-- until here -->", "there is no table 'walks', only runs, aims, training"),
         ("<!-- from bench/results: fixed-costs -->\n<!-- until here -->", "no record for the table 'fixed-costs'"),
     ],
 )
