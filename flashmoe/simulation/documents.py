@@ -5,6 +5,8 @@ from statistics import median
 from typing import Any
 
 from ..markdown import markdown
+from ..models import SHAPES
+from . import machine_numbers
 from .tables import microseconds, unevenness
 
 _GPUS_SHOWN = (8, 32, 128, 256, 1024)
@@ -121,8 +123,43 @@ def senders(record: dict[str, Any]) -> str:
     return markdown(("layer, 8192 tokens", "GPUs", "senders at a time", "latency", "hidden"), rows)
 
 
+def wires(record: dict[str, Any]) -> str:
+    largest = {}
+    for one in record["gpus"]:
+        if "rejected" not in one and one["tokens"] == 8192 and one["model"] in SHAPES:
+            largest[one["model"]] = max(largest.get(one["model"], one), one, key=lambda each: each["ep_size"])
+    told = (
+        f"{name} {one['seconds'] / one['seconds_with_free_wires']:.1f} ({one['ep_size']} ranks)"
+        for name, one in largest.items()
+    )  # fmt: skip
+    return f"   Latency over that with free wires, 8192 tokens, largest groups:\n   {', '.join(told)}."
+
+
+def peers(record: dict[str, Any]) -> str:
+    machine = record["machines"]["h100"]
+    one = max((one for one in record["gpus"] if "rejected" not in one), key=lambda one: (one["ep_size"], -one["tokens"]))
+    return (
+        f"   They take {microseconds(machine['plan_peer_s'])} and {microseconds(machine['header_s'])} a peer. For "
+        f"{one['ep_size']} ranks with {one['tokens']} tokens each a call takes {microseconds(one['seconds'])},\n"
+        f"   {microseconds(one['seconds_with_free_wires'])} with wires that cost nothing."
+    )
+
+
+def down_tiles(record: dict[str, Any]) -> str:
+    (one,) = (
+        one for one in record["gpus"] if (one["model"], one["gpus"], one["tokens"]) == ("mixtral-8x7b", 8, 128)
+    )  # fmt: skip
+    return (
+        f"   With {one['tokens']} tokens on each of {one['gpus']} GPUs a call takes {microseconds(one['seconds'])}, of "
+        f"which a multiprocessor spends {microseconds(one['busy_seconds']['down'])} in down\n"
+        f"   tiles on the mean, {microseconds(one['busy_seconds']['up'])} in up tiles; {one['utilisation']:.0%} of the "
+        "multiprocessors' time is in tiles."
+    )
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "scale-fit": fit, "scale-validation": validation, "scale-following": following, "scale-paper": paper,
     "scale-overlap": overlap, "scale-gpus": gpus, "scale-rejected": rejected, "scale-uneven": uneven,
-    "scale-senders": senders,
+    "scale-senders": senders, "scale-machine": machine_numbers.numbers, "scale-wires": wires, "scale-peers": peers,
+    "scale-down-tiles": down_tiles,
 }  # fmt: skip
