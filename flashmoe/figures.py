@@ -148,8 +148,8 @@ def memory(records: list[Record], pyplot: Any) -> Any:
 
 
 FIGURES: tuple[Figure, ...] = (
-    ("latency", latency, "Latency of one call over the tokens of a rank: forward, or forward and backward where a title "
-     "says so. Bands are quartiles."),
+    ("latency", latency, "Latency of one call over the tokens of a rank: forward, or forward and backward where a "
+     "title says so. Bands are quartiles."),
     ("throughput", throughput, "Throughput over the tokens of a rank, beside the machine's own ceilings."),
     ("speedups", speedups, "Speed against every baseline: medians and quartiles of ratios round by round."),
     ("training", training, "Forward and backward: speed as a share of the floor's, of those who have a backward pass."),

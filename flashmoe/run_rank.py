@@ -82,8 +82,9 @@ def run_rank(options: RunOptions) -> dict[str, Any] | None:
         if ours is None:
             results.append(said)
         if gradients is not None and "gradient_errors" in said:
-            errors = {one: {"relative": e, "bound": gradients.bounds[one]} for one, e in said["gradient_errors"].items()}
-            result["error"] |= {"relative": said["relative_error"], "gradients": errors}
+            errors, bounds = said["gradient_errors"], gradients.bounds
+            judged = {leaf: {"relative": errors[leaf], "bound": bounds[leaf]} for leaf in errors}
+            result["error"] |= {"relative": said["relative_error"], "gradients": judged}
     contenders, routed = [ours] if ours else [], None
     if options.routes and not options.backward:
         try:

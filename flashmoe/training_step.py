@@ -11,8 +11,9 @@ from .baselines import Skipped
 # What a sample of each pass is, in a record's words.
 TIMED = {
     "forward": "y of x, topk_ids, topk_weights",
-    "backward": "y of x, topk_ids, topk_weights, then torch.autograd.grad of y for a given gradient of y: the gradients "
-    "of x, topk_weights, gate_up_proj and down_proj, of all experts, in new memory each time, none added to another",
+    "backward": "y of x, topk_ids, topk_weights, then torch.autograd.grad of y for a given gradient of y: the "
+    "gradients of x, topk_weights, gate_up_proj and down_proj, of all experts, in new memory each time, none added "
+    "to another",
 }
 
 

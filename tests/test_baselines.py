@@ -83,6 +83,12 @@ def test_one_that_raises_is_skipped_by_name():
     assert contender is None and said == {"name": "chain", "skipped": "it raised NotImplementedError: no such tile"}
 
 
+def test_one_that_another_rank_could_not_make_is_skipped_here_too(monkeypatch):
+    monkeypatch.setattr(measure.Ranks, "everybodys", lambda self, mine: [mine, "it raised OutOfMemoryError: 9 GiB"])
+    contender, said = entered(drawn_problem(3, 1, 2, 16, 16), baselines.baseline("chain").make)
+    assert contender is None and said == {"name": "chain", "skipped": "it raised OutOfMemoryError: 9 GiB"}
+
+
 def test_one_that_cannot_be_captured_is_skipped(monkeypatch):
     def uncapturable(calls):
         raise RuntimeError("operation not permitted when stream is capturing")

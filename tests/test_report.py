@@ -194,7 +194,7 @@ def test_other_json_is_left_out_and_named(tmp_path, capsys):
         ("no marks", "must have tables between marks in pairs"),
         ("<!-- from bench/results: runs -->\n", "must have tables between marks in pairs"),
         ("<!-- from bench/results: runs -->\n<!-- until here --> <!-- until here -->", "must have tables"),
-        ("<!-- from bench/results: walks -->\n<!-- until here -->", "there is no table 'walks', only runs, aims, training"),
+        ("<!-- from bench/results: walks -->\n<!-- until here -->", "there is no table 'walks', only runs, aims"),
         ("<!-- from bench/results: fixed-costs -->\n<!-- until here -->", "no record for the table 'fixed-costs'"),
     ],
 )

@@ -137,7 +137,8 @@ def wires(record: dict[str, Any]) -> str:
 
 def peers(record: dict[str, Any]) -> str:
     machine = record["machines"]["h100"]
-    one = max((one for one in record["gpus"] if "rejected" not in one), key=lambda one: (one["ep_size"], -one["tokens"]))
+    answers = [one for one in record["gpus"] if "rejected" not in one]
+    one = max(answers, key=lambda one: (one["ep_size"], -one["tokens"]))
     return (
         f"   They take {microseconds(machine['plan_peer_s'])} and {microseconds(machine['header_s'])} a peer. For "
         f"{one['ep_size']} ranks with {one['tokens']} tokens each a call takes {microseconds(one['seconds'])},\n"
