@@ -13,8 +13,8 @@
 //   release_when_landed(word, value)
 //                               store_release(word, value), of ring_free, once every commit of results that this worker
 //                               made so far has landed
-//   settle(lanes, first, num)   by the scheduler, while the `num` row blocks from number `first` on wait for ring slots
-//                               or for their rows: sees to those landings, where the transport tells of none by itself
+//   settle(lanes, first, num)   by the scheduler, while row blocks from number `first` on, `num` at most, may wait for
+//                               ring slots: sees to those landings, where the transport tells of none by itself
 //   test_signal(offset)         a word of my own heap; if it is the awaited one, what it announces may be read.
 //                               A verb of its own: over RDMA the ordering lives inside the transport's test.
 #pragma once

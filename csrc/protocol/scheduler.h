@@ -3,7 +3,7 @@
 // Row block b of an expert is rows [b · kBlockM, (b + 1) · kBlockM) of its canonical list: its members depend
 // on the routing alone, never on arrival. It is published once its rows are here and it owns a ring slot, so
 // memory is bounded under any skew; a slot always comes free, because down tiles wait for nothing. Blocks of one
-// expert that are runnable at one time are published as bundles (protocol/task.h).
+// expert that are runnable at one time are published as bundles (protocol/task.h), which own all their slots.
 #pragma once
 
 #include "protocol/group.h"
@@ -29,11 +29,12 @@ class Scheduler {
     const uint32_t known = lanes.broadcast(lanes.rank() == 0 ? P::load_acquire(&n.headers_known) : 0u);
     const int experts = c_.call.num_local_experts();
     const bool all_here = known_rows_are_here(lanes, known);
+    // Experts take turns: none goes before one that waits for slots, or small bundles would take what large ones wait for.
     bool all_published = known == uint32_t(c_.call.ep_size), room = true;
     for (int first = 0; first < experts; first += lanes.size()) {
       const int expert = first + lanes.rank();
       if (all_here) {
-        publish_together(lanes, expert, known);
+        room = room && publish_together(lanes, expert, known);
       } else {
         lanes.for_each_true(is_waiting(expert, known), [&](int rank) {
           while (room && publish_bundle(lanes, first + rank, known, room)) {
@@ -100,17 +101,17 @@ class Scheduler {
     c_.ws.bundles[block.sequence % num_bundle_places(c_.ws.ring_blocks)] = bundle;
   }
 
-  // All blocks of the lanes' experts that own ring slots, in the order of the experts. One after another they would
-  // keep many small experts waiting for longer than their tiles take.
+  // All bundles of the lanes' experts that own their ring slots, in the order of the experts; true if that is all of them.
+  // One after another they would keep many small experts waiting for longer than their tiles take.
   template <LaneGroup Lanes>
-  FLASHMOE_ROLE void publish_together(const Lanes& lanes, int expert, uint32_t known) {
+  FLASHMOE_ROLE bool publish_together(const Lanes& lanes, int expert, uint32_t known) {
     Workspace& ws = c_.ws;
     const bool waiting = is_waiting(expert, known);
     const uint32_t begin = waiting ? next_row(expert) : 0, end = waiting ? rows_known(expert, known) : 0;
     const uint32_t blocks = num_blocks(begin, end, known), published = ws.counters->up.published;
     uint32_t all;
     const uint32_t first = published + lanes.exclusive_sum(blocks, all);
-    if (all == 0) return;
+    if (all == 0) return true;
     uint32_t num = 0;
     while (num < blocks && owns_slot(first + num)) ++num;
     // Sequences have no gaps: after the first lane that lacks a slot none publishes, and that one only whole bundles.
@@ -127,24 +128,27 @@ class Scheduler {
     lanes.sync();
     if (lanes.rank() == 0 && all) P::store_release(&ws.counters->up.published, published + all);
     lanes.sync();
+    return last == lanes.size();
   }
 
-  // As many of the expert's next blocks as are here, up to a bundle; once there is room for a whole one. Until then no
-  // other expert may take its slots.
+  // As many of the expert's next blocks as are here, up to a bundle, if there is room for them.
   template <LaneGroup Lanes>
   FLASHMOE_ROLE bool publish_bundle(const Lanes& lanes, int expert, uint32_t known, bool& room) {
     Workspace& ws = c_.ws;
     const uint32_t begin = next_row(expert), end = rows_known(expert, known), first = ws.counters->up.published;
-    const uint32_t most = smaller(num_blocks(begin, end, known), most_blocks());
-    bool owned = true;
-    for (uint32_t b = lanes.rank(); b < most; b += lanes.size()) owned = owned && owns_slot(first + b);
-    room = lanes.all(owned);
-    if (!room) return false;
-
     const auto block = [&](uint32_t b) { return block_at(expert, begin + b * kBlockM, end, known, first + b); };
+    const auto own_slots = [&](uint32_t num) {
+      bool owned = true;
+      for (uint32_t b = lanes.rank(); b < num; b += lanes.size()) owned = owned && owns_slot(first + b);
+      return lanes.all(owned);
+    };
+    room = own_slots(1);
+    if (!room) return false;
+    const uint32_t most = smaller(num_blocks(begin, end, known), most_blocks());
     uint32_t num = 0;
     while (num < most && lanes.all(rows_are_here(lanes, block(num)))) ++num;
-    if (num == 0) return false;
+    room = own_slots(num);
+    if (num == 0 || !room) return false;
     for (uint32_t b = lanes.rank(); b < num; b += lanes.size()) describe(block(b), {first, num});
     lanes.sync();
     if (lanes.rank() == 0) {

@@ -4,10 +4,10 @@
 // last of them to end makes its `num_down_tiles` down tasks runnable; the last of those returns the rows.
 // A task is a ticket: ticket t of the down queue is tile t % tiles of the queue's block t / tiles.
 //
-// Row blocks of one expert that are published together are a bundle. Its up tickets go through all its blocks before
-// they go on to the next columns: workers then read the same weights at one time, and memory gives them once for the
-// bundle and not once for each block. The blocks of a bundle end their up tiles together, so for down tiles it is the
-// same without.
+// Row blocks of one expert may be published as a bundle. Its up tickets go through all its blocks before they go on to
+// the next columns: workers then read the same weights at one time, and memory gives them once for the bundle and not
+// once for each block. Its blocks end their up tiles together, so where workers are as many as their down tiles, they
+// read the same down weights at one time, too.
 #pragma once
 
 #include "protocol/config.h"

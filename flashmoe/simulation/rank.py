@@ -96,13 +96,14 @@ class Rank:
         before = self.published
         finished = False
         for expert in self.waiting_experts:
-            room, end = True, self.blocks.expert_begin[expert + 1]
-            while left := end - self.next_block[expert]:
-                most = min(left, self.bundle_blocks)
-                room = self._has_slots(most)
-                if not room or not self._publish_bundle(expert, most):
+            end, room = self.blocks.expert_begin[expert + 1], True
+            while self.next_block[expert] < end and (room := self._has_slots(1)):
+                here = self._blocks_here(expert)
+                room = self._has_slots(here)
+                if not here or not room:
                     break
-            finished |= not left
+                self._publish_bundle(expert, here)
+            finished |= self.next_block[expert] == end
             if not room:  # and no other expert may take them
                 break
         if finished:
@@ -114,18 +115,22 @@ class Rank:
         numbers = range(self.published, self.published + blocks)
         return all(self.ring_free[number % self.ring_blocks] == number for number in numbers)
 
-    def _publish_bundle(self, expert: int, most: int) -> int:
-        first, block, end = self.published, self.next_block[expert], self.blocks.expert_begin[expert + 1]
-        while self.published < first + most and self._is_here(expert, block):
-            self.sequence_of[block] = self.published
-            self.up_queue.append(block)
-            self.published += 1
+    def _blocks_here(self, expert: int) -> int:
+        """How many of the expert's next blocks have their rows, up to a bundle."""
+        first = self.next_block[expert]
+        end = min(first + self.bundle_blocks, self.blocks.expert_begin[expert + 1])
+        block = first
+        while block < end and self._is_here(expert, block):
             block += 1
-            if block < end:
-                self.next_run[expert] = self.blocks.run_begin[block]
-        self.next_block[expert] = block
-        self.bundle_of += [(first, self.published - first)] * (self.published - first)
-        return self.published - first
+        return block - first
+
+    def _publish_bundle(self, expert: int, blocks: int) -> None:
+        for block in range(self.next_block[expert], self.next_block[expert] + blocks):
+            self.sequence_of[block] = len(self.up_queue)
+            self.up_queue.append(block)
+        self.bundle_of += [(self.published, blocks)] * blocks
+        self.next_block[expert] += blocks
+        self.published += blocks
 
     def _is_here(self, expert: int, block: int) -> bool:
         blocks, here = self.blocks, self.chunks_here
@@ -134,8 +139,8 @@ class Rank:
         run, end = self.next_run[expert], blocks.run_begin[block + 1]
         while run < end and here[blocks.run_source[run]] >= blocks.run_chunks[run]:
             run += 1
-        self.next_run[expert] = run
-        return run == end
+        self.next_run[expert] = run  # may be of a later block, which was looked at before
+        return run >= end
 
     # ---- Processor.
     def next_down(self) -> tuple[int, int] | None:
