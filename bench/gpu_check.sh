@@ -74,7 +74,7 @@ step build 138 "$python" setup.py --quiet build_ext --inplace
 step info 18 bash -c '"$python" -m flashmoe info && "$python" -m torch.distributed.run -m flashmoe info --distributed'
 step layer 70 bash -c 'tests tests/test_cuda.py'
 step ranks 40 bash -c 'tests tests/test_cuda_ranks.py'
-step graphs 28 bash -c 'tests tests/test_cuda_graphs.py'
+step graphs 28 bash -c 'tests tests/test_cuda_graphs.py tests/test_cuda_routing.py'
 step trace 30 bash -c 'tests tests/test_cuda_trace.py'
 step timeline 26 bash -c timeline
 step processes 60 bash -c processes

@@ -1,11 +1,10 @@
-"""The operators: the call as torch sees it, the torch.library registration, and nothing of the protocol.
+"""The operator: the call as torch sees it, and nothing of the protocol.
 
-Two operators share one body. ``flashmoe::moe_local`` (group=None) is pure: one process owns every expert.
+Two of torch's operators share one body. ``flashmoe::moe_local`` (group=None) is pure: one process owns every expert.
 ``flashmoe::moe_ep`` is a call that all ranks of a group make together, so it is registered *effectful*: a
 compiler may not remove, merge, reorder or recompute it on one rank only. It takes its group by name.
 
-They are defined with ``Library.define`` rather than ``custom_op``, and :func:`fused_moe` steps below the
-autograd key itself when no gradient is asked for: together that is a third of the cost per call.
+:func:`fused_moe` steps below the autograd key itself when no gradient is asked for, which saves time at every call.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from . import cuda_teams, groups
 from .arguments import ACTIVATION_CODES, DTYPE_CODES, check, raise_not_a_tensor
+from .operators import define, register_effectful
 
 __all__ = ["fused_moe"]
 
@@ -176,39 +176,13 @@ def _autograd(op, *args):
         return op(*args)
 
 
-def _register_effectful(op) -> None:
-    """Calls of ``op`` stay, in order: AOTAutograd threads tokens through them, and dead code elimination spares them.
-
-    torch has no public name for the former yet; this one works from 2.9 to 2.13 at least. For the latter, 2.9
-    must be told that the end of the chain of tokens is no dead code either, later versions know.
-    """
-    from torch._higher_order_ops.effects import _EffectType, _register_effectful_op, with_effects
-
-    _register_effectful_op(op, _EffectType.ORDERED)
-    for kept in (op, with_effects, torch.ops.prims._sink_tokens.default):
-        torch.fx.node.has_side_effect(kept)
-
-
-def _define(name: str, schema: str, implementation, fake, autograd: bool):
-    _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    op = getattr(torch.ops.flashmoe, name).default
-    # Not under "CPU": tensors of another device get our message instead of the dispatcher's.
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"flashmoe::{name}", fake, lib=_library)
-    if autograd:
-        _library.impl(name, lambda *args: _autograd(op, *args), "Autograd")
-    return op
-
-
 _MOE_SCHEMA = (
     "(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor gate_up_proj, Tensor down_proj, Tensor? gate_up_bias, "
     "Tensor? down_bias, Tensor? expert_map, str activation, bool gated, int layer{}) -> Tensor"
 )
-_library = torch.library.Library("flashmoe", "DEF")
-_MOE_LOCAL = _define("moe_local", _MOE_SCHEMA.format(""), _moe_local, _moe_fake, autograd=True)
-_MOE_EP = _define("moe_ep", _MOE_SCHEMA.format(", str group"), _moe_ep, _moe_fake, autograd=True)
-_MOE_BACKWARD = _define(
-    "moe_backward", "(Tensor grad_y, Tensor like) -> Tensor", _moe_backward, lambda _, like: torch.empty_like(like),
-    autograd=False,
-)  # fmt: skip
-_register_effectful(_MOE_EP)
+_MOE_LOCAL = define("moe_local", _MOE_SCHEMA.format(""), _moe_local, _moe_fake, _autograd)
+_MOE_EP = define("moe_ep", _MOE_SCHEMA.format(", str group"), _moe_ep, _moe_fake, _autograd)
+_MOE_BACKWARD = define(
+    "moe_backward", "(Tensor grad_y, Tensor like) -> Tensor", _moe_backward, lambda _, like: torch.empty_like(like)
+)
+register_effectful(_MOE_EP)

@@ -8,96 +8,14 @@ expert index, so that the same logits always give the same experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .router import Router
 from .routing_record import Routing
-
-
-def top_k_lowest_index(scores: Tensor, k: int, *, nonnegative: bool = False) -> Tensor:
-    """Indices [..., k] int64 of the k largest of scores [..., n] float32, descending; equal scores by index.
-
-    ``torch.topk`` leaves open which of two equal scores it takes. A float32 widened to float64 has 29 zero bits
-    at its end: the index goes there, so that no two keys are equal and no two scores change places.
-    ``nonnegative`` promises that no score is below zero, which is cheaper. NaN and +inf count as largest.
-    """
-    n = scores.shape[-1]
-    scores = scores.detach()
-    if not nonnegative:
-        scores = scores.clamp(min=torch.finfo(torch.float32).min)  # an index after -inf would make it NaN
-    bits = scores.double().view(torch.int64)
-    index = torch.arange(n - 1, -1, -1, device=scores.device)
-    if not nonnegative:
-        index = torch.where(bits < 0, n - 1 - index, index)  # larger bits make a negative number smaller
-    return (bits + index).view(torch.float64).topk(k, dim=-1).indices
-
-
-class Router(nn.Module):
-    """What all routers share: the gate, the hook before top-k, and the record.
-
-    A subclass says how logits become probabilities (:meth:`probabilities`) and how these become experts and
-    weights (:meth:`select`).
-    """
-
-    exact_load = False
-
-    def __init__(self, hidden_size: int, num_experts: int, top_k: int, *, device=None, dtype=None) -> None:
-        super().__init__()
-        for name, value in (("hidden_size", hidden_size), ("num_experts", num_experts), ("top_k", top_k)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if top_k > num_experts:
-            raise ValueError(f"top_k must be at most num_experts = {num_experts}, got {top_k}")
-        self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
-        nn.init.normal_(self.weight, std=0.02)
-        self._hooks: list[Callable[[Tensor], Tensor]] = []
-
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """logits [T, E] → what the hook sees and the weights are taken from, [T, E] float32."""
-        return logits.softmax(dim=-1)
-
-    def select(self, probabilities: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """(topk_ids [T, k] int64, topk_weights [T, k] float32)."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor) -> Routing:
-        """x [..., hidden_size] → the Routing of its T = numel / hidden_size tokens."""
-        if x.shape[-1] != self.hidden_size:
-            raise ValueError(f"x must have shape (..., hidden_size = {self.hidden_size}), got {tuple(x.shape)}")
-        logits = F.linear(x.reshape(-1, self.hidden_size).float(), self.weight.float())
-        probabilities = self.probabilities(logits)
-        for hook in self._hooks:
-            hooked = hook(probabilities)
-            if hooked.shape != probabilities.shape:
-                raise ValueError(
-                    f"the hook of a router must return shape (T, num_experts) = {tuple(probabilities.shape)}, "
-                    f"got {tuple(hooked.shape)}"
-                )
-            probabilities = hooked.float()
-        topk_ids, topk_weights = self.select(probabilities, logits)
-        return Routing(topk_ids, topk_weights, self.num_experts, logits, self.exact_load)
-
-    @contextmanager
-    def hook(self, function: Callable[[Tensor], Tensor]) -> Iterator[Router]:
-        """Within the ``with`` block, ``function`` maps the probabilities [T, E] before top-k sees them.
-
-        Gradients flow through it into the combine weights. Hooks nest (the innermost runs last) and are removed
-        when the block ends, also by an exception. A function that returns its argument changes no bit. With a
-        selection bias, the hook sees the probabilities without it.
-        """
-        self._hooks.append(function)
-        try:
-            yield self
-        finally:
-            self._hooks.remove(function)
-
-    def extra_repr(self) -> str:
-        return f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}"
+from .selection import Selection, select_experts
 
 
 class SoftmaxTopK(Router):
@@ -112,9 +30,7 @@ class SoftmaxTopK(Router):
         self.renormalize = renormalize
 
     def select(self, probabilities, logits):
-        ids = top_k_lowest_index(probabilities, self.top_k, nonnegative=True)
-        weights = probabilities.gather(-1, ids)
-        return ids, weights / weights.sum(-1, keepdim=True) if self.renormalize else weights
+        return select_experts(probabilities, Selection(self.top_k, renormalize=self.renormalize))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, renormalize={self.renormalize}"
@@ -134,8 +50,7 @@ class TopKSoftmax(Router):
             moved = logits + (probabilities.clamp_min(tiny).log() - native.clamp_min(tiny).log())
             untouched = (probabilities == 0) & (native == 0)  # a probability that underflowed, left alone
             logits = torch.where((probabilities > 0) | untouched, moved, -torch.inf)
-        ids = top_k_lowest_index(logits, self.top_k)
-        return ids, logits.gather(-1, ids).softmax(dim=-1)
+        return select_experts(logits, Selection(self.top_k, softmax=True))
 
 
 class SigmoidBias(Router):
@@ -158,14 +73,12 @@ class SigmoidBias(Router):
         return logits.sigmoid()
 
     def select(self, probabilities, logits):
-        ids = top_k_lowest_index(probabilities + self.selection_bias.float(), self.top_k)
-        return ids, self.weigh(probabilities, ids)
+        return select_experts(probabilities, self.selection(), self.selection_bias)
 
-    def weigh(self, probabilities: Tensor, ids: Tensor) -> Tensor:
-        weights = probabilities.gather(-1, ids)
-        if self.renormalize:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return weights * self.routed_scaling_factor
+    def selection(self) -> Selection:
+        return Selection(
+            self.top_k, renormalize=self.renormalize, epsilon=1e-20, scale=self.routed_scaling_factor
+        )
 
     def extra_repr(self) -> str:
         return (
@@ -207,15 +120,10 @@ class GroupLimited(SigmoidBias):
     def probabilities(self, logits):
         return logits.sigmoid() if self.score == "sigmoid" else logits.softmax(dim=-1)
 
-    def select(self, probabilities, logits):
-        choice = probabilities if self.selection_bias is None else probabilities + self.selection_bias.float()
-        groups = choice.unflatten(-1, (self.num_groups, -1))
-        best = min(groups.shape[-1], 2 if self.score == "sigmoid" else 1)
-        chosen = top_k_lowest_index(groups.topk(best, dim=-1).values.sum(-1), self.topk_groups)
-        open_groups = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter(-1, chosen, True)
-        choice = groups.masked_fill(~open_groups.unsqueeze(-1), -torch.inf).flatten(-2)
-        ids = top_k_lowest_index(choice, self.top_k)
-        return ids, self.weigh(probabilities, ids)
+    def selection(self):
+        return super().selection()._replace(
+            num_groups=self.num_groups, open_groups=self.topk_groups, best_of_group=2 if self.score == "sigmoid" else 1
+        )
 
     def extra_repr(self) -> str:
         return (
@@ -248,11 +156,10 @@ class Grouped(Router):
         self.register_parameter("expert_scale", scale)
 
     def select(self, probabilities, logits):
-        groups = probabilities.unflatten(-1, (self.num_groups, -1))
-        inside = top_k_lowest_index(groups, self.top_k // self.num_groups, nonnegative=True)
-        first = torch.arange(self.num_groups, device=inside.device) * groups.shape[-1]
-        ids = (inside + first[:, None]).flatten(-2)
-        weights = probabilities.gather(-1, ids)
+        selection = Selection(
+            self.top_k, num_groups=self.num_groups, open_groups=self.num_groups, in_each_group=True
+        )
+        ids, weights = select_experts(probabilities, selection)
         return ids, weights if self.expert_scale is None else weights * self.expert_scale.float()[ids]
 
     def extra_repr(self) -> str:

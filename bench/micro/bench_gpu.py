@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import flashmoe
+from flashmoe.routing import make_router
 from flashmoe.virtual_ranks import VirtualRanks
 
 pytestmark = gpu_stretch.needs_gpu
@@ -91,6 +92,19 @@ def test_epoch_of_virtual_ranks(measure, ranks):
     parts = [list(part.tensor_split(ranks)) for part in (drawn.x, drawn.ids, drawn.weights, drawn.gate_up, drawn.down)]
     drawn.check(torch.cat(team(*parts)))
     measure(gpu_stretch.stretch_of(lambda: team(*parts)))
+
+
+@pytest.mark.parametrize("router", ["softmax_topk", "group_limited"])
+@pytest.mark.sizes("tokens", [1, 8192], [128])
+@torch.no_grad()
+def test_router_in_a_graph(measure, router, tokens):
+    """What comes before a call: the gate's product, the probabilities, and one kernel that selects."""
+    made = make_router(router, 2048, 128, 8, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(tokens, 2048, device="cuda").bfloat16()
+    scores = x[:32].double() @ made.weight.double().T
+    torch.testing.assert_close(made(x).logits[:32].double(), scores, rtol=1e-4, atol=1e-4)
+    each = gpu_stretch.stretch_of(gpu_stretch.graph_of(lambda: made(x), CALLS_OF_A_GRAPH))
+    measure(lambda n: each(n) / CALLS_OF_A_GRAPH, items=tokens)
 
 
 @pytest.mark.sizes("hidden, inner", [(2048, 2048), (4096, 14336)], [(2048, 768), (7168, 2048)])

@@ -55,6 +55,15 @@ struct Warp {
     const uint32_t same = match_any(key);
     return {uint32_t(count_bits(same & ((1u << lane()) - 1))), uint32_t(count_bits(same))};
   }
+  FLASHMOE_DEVICE static uint64_t largest(uint64_t value) {
+    sync_warp();
+    FLASHMOE_UNROLL
+    for (int mask = 16; mask; mask /= 2) {
+      const uint64_t other = shuffle_xor(value, mask);
+      value = other > value ? other : value;
+    }
+    return value;
+  }
 };
 
 // The first kWarps warps of a block. Barrier 1 is theirs.

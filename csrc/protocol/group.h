@@ -28,6 +28,7 @@ concept LaneGroup = requires(const G& lanes, bool truth, uint32_t n, uint32_t& t
   lanes.for_each_true(truth, f);                  // all lanes call f(rank) for each that says yes, in turn
   { lanes.exclusive_sum(n, total) } -> std::same_as<uint32_t>;
   { lanes.equals(n) } -> std::same_as<Equals>;
+  { lanes.largest(uint64_t(n)) } -> std::same_as<uint64_t>;
 };
 
 template <class G>
@@ -63,6 +64,7 @@ struct Alone {
     return 0;
   }
   FLASHMOE_HD static constexpr Equals equals(uint32_t) { return {0, 1}; }
+  FLASHMOE_HD static constexpr uint64_t largest(uint64_t value) { return value; }
 };
 
 static_assert(LaneGroup<Alone> && ThreadGroup<Alone>);
