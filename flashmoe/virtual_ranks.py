@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import _C, cuda_teams
 from .arguments import ACTIVATION_CODES, DTYPE_CODES
+from .settings import settings_of_environment
 
 __all__ = ["VirtualRanks"]
 
@@ -20,6 +21,8 @@ class VirtualRanks:
 
     Args:
         max_tokens, max_wire_bytes, max_top_k, max_experts: the most that any rank's call may ask for; bytes of a row.
+        timeout_s: seconds to wait for another rank, in the call or on its way there (default: environment variables
+            FLASHMOE_TIMEOUT_S and FLASHMOE_ENTRY_TIMEOUT_S, else 60 and 600).
         sm_margin: multiprocessors that are left to others.
         exact: no tensor cores.
         missing_ranks: so many of the last ranks never come, to show what becomes of the others. A call then has the
@@ -38,7 +41,7 @@ class VirtualRanks:
         max_top_k: int,
         max_experts: int,
         device: int | None = None,
-        timeout_s: float = 60.0,
+        timeout_s: float | None = None,
         sm_margin: int = 0,
         exact: bool = False,
         missing_ranks: int = 0,
@@ -48,10 +51,12 @@ class VirtualRanks:
         self.ep_size, self.num_calling = ep_size, ep_size - missing_ranks
         self.device = torch.cuda.current_device() if device is None else device
         limits = _C.Limits(ep_size, max_tokens, max_wire_bytes, max_top_k, max_experts)
+        asked = settings_of_environment()
+        patience_s = (asked.timeout_s, asked.entry_timeout_s) if timeout_s is None else (timeout_s, timeout_s)
         self.team = cuda_teams.watched(
             _C.CudaTeam(
-                self.device, limits, timeout_s=timeout_s, entry_timeout_s=timeout_s, sm_margin=sm_margin, exact=exact,
-                missing_ranks=missing_ranks,
+                self.device, limits, timeout_s=patience_s[0], entry_timeout_s=patience_s[1], sm_margin=sm_margin,
+                exact=exact, missing_ranks=missing_ranks,
             )
         )  # fmt: skip
 

@@ -103,7 +103,7 @@ class Ranks:
         self.experts = [[weights[experts] for experts in mine] for weights in (case.gate_up, case.down)]
         self.team = VirtualRanks(
             ep_size, max_tokens=max(*tokens, 1), max_wire_bytes=case.hidden * case.dtype.itemsize,
-            max_top_k=case.top_k, max_experts=case.experts, **{"timeout_s": 60.0, **options},
+            max_top_k=case.top_k, max_experts=case.experts, **options,
         )  # fmt: skip
 
     def call(self, **options):

@@ -10,7 +10,8 @@ from thread_ranks import make_team
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flashmoe
-from flashmoe import MoE, arguments, cuda_teams, groups
+from flashmoe import _C, MoE, arguments, cuda_teams, groups
+from flashmoe.virtual_ranks import VirtualRanks
 
 T, H, I, E, K = 12, 32, 24, 8, 2
 CUDA = torch.device("cuda", 0)
@@ -94,8 +95,8 @@ def test_other_devices():
 class Team:
     """Stands in for the core's: what it was asked, and what it answers."""
 
-    def __init__(self, answer=None):
-        self.answer = answer
+    def __init__(self, *asked, answer=None, **given):
+        self.given, self.answer = given, answer
 
     def check(self):
         if self.answer:
@@ -150,6 +151,17 @@ def test_tf32_where_torch_may_use_it(legacy, monkeypatch):
         assert not cuda_teams.may_round_to_tf32(torch.bfloat16)
     finally:
         torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+@pytest.mark.parametrize(("given", "waits"), [({}, (10.0, 20.0)), ({"timeout_s": 0.5}, (0.5, 0.5))])
+def test_virtual_ranks_wait_as_long_as_the_environment_says(given, waits, monkeypatch):
+    monkeypatch.setattr(_C, "CudaTeam", Team, raising=False)
+    monkeypatch.setattr(cuda_teams, "has_cuda", lambda: True)
+    monkeypatch.setenv("FLASHMOE_TIMEOUT_S", "10")
+    monkeypatch.setenv("FLASHMOE_ENTRY_TIMEOUT_S", "20")
+    limits = {"max_tokens": 1, "max_wire_bytes": 4, "max_top_k": 1, "max_experts": 2}
+    team = VirtualRanks(2, **limits, device=0, **given).team
+    assert (team.given["timeout_s"], team.given["entry_timeout_s"]) == waits
 
 
 @pytest.mark.parametrize("text", ["-1", "many", "1.5"])
