@@ -12,8 +12,7 @@ from flashmoe import cli
 ROOT = Path(__file__).resolve().parent.parent
 # What a step would run: programs that tell what they were asked for, and `timeout`, which runs a step or has it fail.
 LOGGED = """#!/bin/bash
-printf '%q ' "$(basename "$0")" "$@" >> "$LOG"
-echo >> "$LOG"
+echo "$(printf '%q ' "$(basename "$0")" "$@")" >> "$LOG"
 """
 TIMEOUT = LOGGED + """shift 3
 case "$*" in *"$FAILING"*) exit 124 ;; esac
@@ -58,6 +57,17 @@ def test_steps_fit_into_nine_minutes_and_name_what_there_is(ran):
     assert {f"tests/{file.name}" for file in (ROOT / "tests").glob("test_cuda*.py")} - set(files) == {
         "tests/test_cuda_arguments.py"
     }, "which needs no GPU"
+
+
+def test_tests_end_before_their_step_and_say_what_failed(ran):
+    limit, steps = 0, 0
+    for name, *words in ran()[1]:
+        limit = int(words[2]) if name == "timeout" else limit
+        given = dict(word.split("=") for word in words if "timeout=" in word)
+        if name == "fake_python" and given:
+            steps += 1
+            assert 10 < int(given["timeout"]) < int(given["session_timeout"]) < limit, "later than a kernel gives up"
+    assert steps == 5
 
 
 def test_a_step_over_its_limit_costs_only_itself(ran):
