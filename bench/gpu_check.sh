@@ -76,9 +76,9 @@ mkdir -p "$out/gpu"
 
 # What the steps import lies on a disk that may be cold: it is read while the compilers run.
 "$python" -c 'import torch, triton, matplotlib.pyplot' > /dev/null 2>&1 &
-step build 120 "$python" setup.py --quiet build_ext --inplace
+step build 100 "$python" setup.py --quiet build_ext --inplace
 step info 24 bash -c '"$python" -m flashmoe info && "$python" -m torch.distributed.run -m flashmoe info --distributed'
-step layer 70 bash -c 'tests tests/test_cuda.py'
+step layer 74 bash -c 'tests tests/test_cuda.py'
 step ranks 40 bash -c 'tests tests/test_cuda_ranks.py'
 step graphs 28 bash -c 'tests tests/test_cuda_graphs.py tests/test_cuda_routing.py'
 step trace 30 bash -c 'tests tests/test_cuda_trace.py'
@@ -86,8 +86,8 @@ step timeline 26 bash -c timeline
 step processes 60 bash -c processes
 step memcheck 36 bash -c 'sanitize memcheck --report-api-errors no'
 step racecheck 36 bash -c 'sanitize racecheck'
-step prefill 28 bash -c 'layers 14 --tokens 8192 512'
-step decode 20 bash -c 'layers 9 --tokens 1 8 32 128 --graph'
+step prefill 38 bash -c 'layers 18 --tokens 8192 512'
+step decode 26 bash -c 'layers 9 --tokens 1 8 32 128 --graph'
 step micro 20 "$python" -m flashmoe bench micro -k bench_gpu --json "$out/gpu/micro.json"
 
 printf '\n'

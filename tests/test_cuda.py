@@ -167,9 +167,11 @@ def test_a_margin_leaves_room_for_a_neighbour(monkeypatch):
     monkeypatch.setattr(cuda_teams, "_local", {})
     monkeypatch.setenv("FLASHMOE_SM_MARGIN", "4")
     case = CudaCase()
-    expected = case.call()
     torch.cuda.synchronize()
     neighbour, mine = torch.cuda.Stream(), torch.cuda.Stream()
+    with torch.cuda.stream(mine):
+        expected = case.call()  # to allocate there may wait for the neighbour, too: now it is done
+    mine.synchronize()
     with torch.cuda.stream(neighbour):
         torch.cuda._sleep(4_000_000_000)  # cycles: about two seconds
         spun = torch.cuda.Event()
