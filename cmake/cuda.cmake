@@ -51,15 +51,20 @@ if(with_cuda)
     target_sources(_C PRIVATE $<TARGET_OBJECTS:${name}>)
   endfunction()
 
-  file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/runtime/*.cu)
-  list(FILTER cuda_sources EXCLUDE REGEX "_nvshmem\\.cu$")
-  # What is Hopper's alone no other architecture can compile.
-  set(hopper_sources ${CMAKE_SOURCE_DIR}/csrc/runtime/moe_cuda_sm90.cu)
-  list(REMOVE_ITEM cuda_sources ${hopper_sources})
-  flashmoe_add_cuda(flashmoe_cuda ${cuda_sources})
-  flashmoe_add_cuda(flashmoe_cuda_sm90 ${hopper_sources})
-  set_target_properties(flashmoe_cuda_sm90 PROPERTIES CUDA_ARCHITECTURES 90a-real)
+  # Ninja starts them in this order: those that compile longest first, so that at the end no core has nothing to do.
   include(cmake/nvshmem_device.cmake)
+  # What is Hopper's alone no other architecture can compile.
+  flashmoe_add_cuda(flashmoe_cuda_sm90 csrc/runtime/moe_cuda_sm90.cu)
+  set_target_properties(flashmoe_cuda_sm90 PROPERTIES CUDA_ARCHITECTURES 90a-real)
+  flashmoe_add_cuda(flashmoe_cuda
+    csrc/runtime/moe_cuda_sm80.cu
+    csrc/runtime/moe_cuda_exact.cu
+    csrc/runtime/moe_cuda.cu
+    csrc/runtime/cuda_kernel.cu
+    csrc/runtime/cuda_begin.cu)
+  if(TARGET flashmoe_cuda_nvshmem)
+    target_compile_definitions(flashmoe_cuda PRIVATE FLASHMOE_NVSHMEM_KERNELS)
+  endif()
   include(cmake/nvshmem.cmake)
   target_link_libraries(_C PRIVATE CUDA::cudart_static)
   list(JOIN FLASHMOE_CUDA_ARCHITECTURES " " architectures)

@@ -19,18 +19,16 @@ if(EXISTS "${nvshmem_include}/non_abi/nvshmem_version.h")
 endif()
 
 if(nvshmem_version VERSION_GREATER_EQUAL 3.7)
-  file(GLOB nvshmem_sources CONFIGURE_DEPENDS csrc/runtime/moe_cuda_*_nvshmem.cu)
-  set(hopper_source ${CMAKE_SOURCE_DIR}/csrc/runtime/moe_cuda_sm90_nvshmem.cu)
-  list(REMOVE_ITEM nvshmem_sources ${hopper_source})
-  flashmoe_add_cuda(flashmoe_cuda_nvshmem ${nvshmem_sources})
-  flashmoe_add_cuda(flashmoe_cuda_nvshmem_sm90 ${hopper_source})
+  flashmoe_add_cuda(flashmoe_cuda_nvshmem
+    csrc/runtime/moe_cuda_sm80_nvshmem.cu
+    csrc/runtime/moe_cuda_exact_nvshmem.cu)
+  flashmoe_add_cuda(flashmoe_cuda_nvshmem_sm90 csrc/runtime/moe_cuda_sm90_nvshmem.cu)
   set_target_properties(flashmoe_cuda_nvshmem_sm90 PROPERTIES CUDA_ARCHITECTURES 90a-real)
   foreach(target flashmoe_cuda_nvshmem flashmoe_cuda_nvshmem_sm90)
     # A system folder, since the headers' warnings are not ours.
     target_include_directories(${target} SYSTEM PRIVATE ${nvshmem_include})
     target_compile_definitions(${target} PRIVATE NVSHMEM_ENABLE_ALL_DEVICE_INLINING)
   endforeach()
-  target_compile_definitions(flashmoe_cuda PRIVATE FLASHMOE_NVSHMEM_KERNELS)
   message(STATUS "kernels for peers that are not mapped: by NVSHMEM ${nvshmem_version}, ${nvshmem_include}")
 else()
   message(STATUS "no kernels for peers that are not mapped: they need the headers of NVSHMEM 3.7 or later "

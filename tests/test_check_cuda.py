@@ -58,6 +58,14 @@ def test_an_array_that_left_the_registers_is_refused():
     assert problems_of(GOOD, spills=8, stack=8) == ["8 bytes spilled", "8 bytes of stack"]
 
 
+def test_what_a_called_function_keeps_on_the_stack_is_its_kernels():
+    called = """ptxas info    : Function properties for put_signal
+    8 bytes stack frame, 4 bytes spill stores, 4 bytes spill loads
+"""
+    kernels = check_cuda.read_ptxas(NOTES.format(spills=0, stack=0) + called)
+    assert (kernels["sm90_moe", "sm_90a"].stack, kernels["sm90_moe", "sm_90a"].spills) == (8, 8)
+
+
 def test_each_architecture_has_code_of_its_own():
     kernels = check_cuda.read_ptxas(NOTES.format(spills=0, stack=0) + NOTES.format(spills=4, stack=0).replace("sm_90a", "sm_80"))
     code = "        /*0000*/                   EXIT ;"

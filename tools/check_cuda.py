@@ -183,12 +183,17 @@ def build_extension() -> tuple[Kernels, list[str], float, Path | None]:
 def check_code(notes: str, binary: Path) -> tuple[Kernels, list[str]]:
     warning = re.compile("warning #|(?:ptxas|nvcc) warning|" + "|".join(FATAL_NOTES))
     problems = [line for line in notes.splitlines() if warning.search(line)]
-    command = [toolkit() / "bin" / "cuobjdump", "-sass", binary]
-    dump = subprocess.run(command, capture_output=True, text=True, env=environment())
-    if dump.returncode:
-        return {}, [*problems, f"cuobjdump: {dump.stderr}"]
     kernels = read_ptxas(notes)
-    read_sass(dump.stdout, kernels)
+    def disassemble(arch: str) -> subprocess.CompletedProcess:
+        command = [toolkit() / "bin" / "cuobjdump", "-sass", "-arch", arch, binary]
+        return subprocess.run(command, capture_output=True, text=True, env=environment())
+
+    # One disassembler works for half a minute on all of them.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for dump in pool.map(disassemble, {arch: None for _, arch in kernels}):
+            if dump.returncode:
+                return {}, [*problems, f"cuobjdump: {dump.stderr}"]
+            read_sass(dump.stdout, kernels)
     return kernels, problems if kernels else [*problems, "has no kernels"]
 
 
@@ -198,11 +203,12 @@ def read_ptxas(notes: str) -> Kernels:
         if match := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
             kernel = kernels[match[1], match[2]] = Kernel(match[1], match[2])
         elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            # The kernel's own, and then those of each function that it calls.
             if kernel:
-                kernel.stack, kernel.spills = int(match[1]), int(match[2]) + int(match[3])
+                kernel.stack += int(match[1])
+                kernel.spills += int(match[2]) + int(match[3])
         elif (match := re.search(r"Used (\d+) registers", line)) and kernel:
             kernel.registers = int(match[1])
-            kernel = None
     return kernels
 
 

@@ -1,9 +1,13 @@
 // The remote verbs by NVSHMEM's device functions: the only file that includes its headers.
 //
-// They are compiled into the kernel, which stays one unit: relocatable device code would cost it setmaxnreg, and calls
-// the pipelining of its matrix products. NVSHMEM's headers can be had so from 3.7 on, for transports that a thread of
+// They are compiled into the kernel's unit: relocatable device code would cost it setmaxnreg, and calls out of it the
+// pipelining of its matrix products. NVSHMEM's headers can be had so from 3.7 on, for transports that a thread of
 // the host drives (its proxy): those that the GPU drives itself come only with calls. The module that holds such a
 // kernel knows nothing of the transport until the host has called nvshmemx_cumodule_init on it.
+//
+// A put and the ordering after a word are pages of code, at a dozen places of the agent's: inlined there they are half of
+// what the compiler works on. They are rare, so a call is nothing beside them, and kernels call the one copy. Only a
+// kernel that moves registers between its warps may not: for its calls ptxas would ignore setmaxnreg.
 #pragma once
 
 #if __has_include(<infiniband/mlx5dv.h>)
@@ -13,23 +17,37 @@
 #error "kernels that call NVSHMEM need NVSHMEM_ENABLE_ALL_DEVICE_INLINING, and no relocatable device code"
 #endif
 
-#include <nvshmem.h>
+// Not nvshmem.h, which has the collectives too: seconds of parsing for every architecture.
+#include <device/nvshmem_defines.h>
+#include <device/nvshmemx_defines.h>
 
 #include "gpu/verbs.h"
+
+#if defined(FLASHMOE_CALL_NOTHING)
+#define FLASHMOE_CALLED FLASHMOE_DEVICE
+#else
+#define FLASHMOE_CALLED inline __device__ __noinline__
+#endif
 
 static_assert(NVSHMEM_VENDOR_MAJOR_VERSION * 100 + NVSHMEM_VENDOR_MINOR_VERSION >= 307,
               "NVSHMEM's device functions can be inlined from 3.7 on");
 
 namespace flashmoe::gpu {
 
-FLASHMOE_DEVICE void remote_put_signal(int, int pe, std::byte* to, const std::byte* source, size_t bytes,
-                                       uint64_t* signal, uint64_t word) {
+FLASHMOE_CALLED void put_signal(int pe, std::byte* to, const std::byte* source, size_t bytes, uint64_t* signal,
+                                uint64_t word) {
+#if defined(__CUDA_ARCH__)
   // What others wrote and this thread acquired must be there for a device that reads over PCIe.
   __threadfence_system();
   if (bytes)
     nvshmem_putmem_signal_nbi(to, source, bytes, signal, word, NVSHMEM_SIGNAL_SET, pe);
   else
     nvshmemx_signal_op(signal, word, NVSHMEM_SIGNAL_SET, pe);
+#endif
+}
+FLASHMOE_DEVICE void remote_put_signal(int, int pe, std::byte* to, const std::byte* source, size_t bytes,
+                                       uint64_t* signal, uint64_t word) {
+  put_signal(pe, to, source, bytes, signal, word);
 }
 
 // A value of the device state, asked for anew each time: taken out of the agent's loop, as compilers do with constants,
@@ -40,13 +58,16 @@ FLASHMOE_DEVICE int asked_anew(int value) {
 }
 
 // nvshmem_uint64_test, which also orders what the transport wrote before the word, where the hardware does not.
-FLASHMOE_DEVICE bool remote_test(uint64_t* signal, uint64_t word) {
+FLASHMOE_CALLED void order_after_word() {
 #if defined(__CUDA_ARCH__)
-  if (*static_cast<volatile uint64_t*>(signal) != word) return false;
   __threadfence();
   if (asked_anew(nvshmemi_device_state_d.job_connectivity) > NVSHMEMI_JOB_GPU_PROXY)
     nvshmemi_transfer_enforce_consistency_at_target(true);
 #endif
+}
+FLASHMOE_DEVICE bool remote_test(uint64_t* signal, uint64_t word) {
+  if (*static_cast<volatile uint64_t*>(signal) != word) return false;
+  order_after_word();
   return true;
 }
 

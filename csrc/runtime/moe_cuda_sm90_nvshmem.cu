@@ -1,4 +1,6 @@
 // The kernels of the Hopper engine, for peers that are not mapped: compiled for sm_90a alone.
+#define FLASHMOE_CALL_NOTHING  // they move registers between their warps
+
 #include "engine/sm90.h"
 #include "platform/nvshmem.h"
 #include "runtime/cuda_launch.cuh"
