@@ -42,10 +42,10 @@ if(with_cuda)
   # NDEBUG: an assert in a kernel serialises its matrix products.
   set(CMAKE_CUDA_FLAGS_RELEASE "-O3 -DNDEBUG")
 
-  function(flashmoe_add_cuda name)
+  function(flashmoe_add_cuda name architectures)
     add_library(${name} OBJECT ${ARGN})
     # Not relocatable: ptxas would drop setmaxnreg.
-    set_target_properties(${name} PROPERTIES
+    set_target_properties(${name} PROPERTIES CUDA_ARCHITECTURES "${architectures}"
       CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON CUDA_VISIBILITY_PRESET hidden CUDA_SEPARABLE_COMPILATION OFF)
     target_compile_options(${name} PRIVATE -Xcompiler=-Wall $<$<BOOL:${FLASHMOE_WERROR}>:-Werror=all-warnings>)
     target_sources(_C PRIVATE $<TARGET_OBJECTS:${name}>)
@@ -53,17 +53,18 @@ if(with_cuda)
 
   # Ninja starts them in this order: those that compile longest first, so that at the end no core has nothing to do.
   include(cmake/nvshmem_device.cmake)
-  # What is Hopper's alone no other architecture can compile.
-  flashmoe_add_cuda(flashmoe_cuda_sm90 csrc/runtime/moe_cuda_sm90.cu)
-  set_target_properties(flashmoe_cuda_sm90 PROPERTIES CUDA_ARCHITECTURES 90a-real)
-  flashmoe_add_cuda(flashmoe_cuda
-    csrc/runtime/moe_cuda_sm80.cu
-    csrc/runtime/moe_cuda_exact.cu
-    csrc/runtime/moe_cuda.cu
-    csrc/runtime/cuda_kernel.cu
-    csrc/runtime/cuda_begin.cu)
+  flashmoe_add_cuda(flashmoe_cuda_sm90 90a-real csrc/runtime/moe_cuda_sm90.cu)
+  set(host_sources csrc/runtime/moe_cuda.cu csrc/runtime/cuda_kernel.cu)
+  file(GLOB cuda_sources RELATIVE ${CMAKE_SOURCE_DIR} CONFIGURE_DEPENDS csrc/runtime/*.cu)
+  list(FILTER cuda_sources EXCLUDE REGEX "/moe_cuda_[a-z0-9_]*\\.cu$")
+  list(REMOVE_ITEM cuda_sources ${host_sources})
+  flashmoe_add_cuda(flashmoe_cuda "${CMAKE_CUDA_ARCHITECTURES}"
+    csrc/runtime/moe_cuda_sm80.cu csrc/runtime/moe_cuda_exact.cu ${cuda_sources})
+  # These hold no kernels: one architecture is as good as all.
+  list(GET CMAKE_CUDA_ARCHITECTURES 0 any)
+  flashmoe_add_cuda(flashmoe_cuda_host ${any} ${host_sources})
   if(TARGET flashmoe_cuda_nvshmem)
-    target_compile_definitions(flashmoe_cuda PRIVATE FLASHMOE_NVSHMEM_KERNELS)
+    target_compile_definitions(flashmoe_cuda_host PRIVATE FLASHMOE_NVSHMEM_KERNELS)
   endif()
   include(cmake/nvshmem.cmake)
   target_link_libraries(_C PRIVATE CUDA::cudart_static)

@@ -19,11 +19,11 @@ if(EXISTS "${nvshmem_include}/non_abi/nvshmem_version.h")
 endif()
 
 if(nvshmem_version VERSION_GREATER_EQUAL 3.7)
-  flashmoe_add_cuda(flashmoe_cuda_nvshmem
+  flashmoe_add_cuda(flashmoe_cuda_nvshmem "${CMAKE_CUDA_ARCHITECTURES}"
     csrc/runtime/moe_cuda_sm80_nvshmem.cu
     csrc/runtime/moe_cuda_exact_nvshmem.cu)
-  flashmoe_add_cuda(flashmoe_cuda_nvshmem_sm90 csrc/runtime/moe_cuda_sm90_nvshmem.cu)
-  set_target_properties(flashmoe_cuda_nvshmem_sm90 PROPERTIES CUDA_ARCHITECTURES 90a-real)
+  # What is Hopper's alone no other architecture can compile.
+  flashmoe_add_cuda(flashmoe_cuda_nvshmem_sm90 90a-real csrc/runtime/moe_cuda_sm90_nvshmem.cu)
   foreach(target flashmoe_cuda_nvshmem flashmoe_cuda_nvshmem_sm90)
     # A system folder, since the headers' warnings are not ours.
     target_include_directories(${target} SYSTEM PRIVATE ${nvshmem_include})
