@@ -28,6 +28,10 @@ foreach(source ${test_sources})
   if(name MATCHES "^test_ucx_")
     target_compile_definitions(${name} PRIVATE FLASHMOE_UCX_LIBRARY="${ucx_library}")
   endif()
+  if(name MATCHES "^test_simt_(ampere|hopper|trace|.*faults)$")
+    # Many kernels, each run for moments: -O3 would compile them for longer than it spares.
+    target_compile_options(${name} PRIVATE -O1)
+  endif()
   flashmoe_link_core(${name})
   if(name MATCHES "^test_cpu_" AND TARGET flashmoe_kernels_wide16)
     target_link_libraries(${name} PRIVATE $<TARGET_OBJECTS:flashmoe_kernels_wide16>)
@@ -36,6 +40,10 @@ foreach(source ${test_sources})
   # An impossible allocation fails as it does without a sanitizer, since its error is under test.
   set_tests_properties(${name} PROPERTIES TIMEOUT 600 ENVIRONMENT
     "TSAN_OPTIONS=allocator_may_return_null=1;ASAN_OPTIONS=allocator_may_return_null=1")
+  # The long ones first, so that at the end no core has nothing to do.
+  if(name MATCHES "^test_(cpu_engine|simt_(ampere|exact|hopper|kernel|trace|unmapped))")
+    set_tests_properties(${name} PROPERTIES COST 1)
+  endif()
   # Ranks and workers are threads that meet: such a test has the machine for itself. The others are one thread.
   if(NOT name MATCHES "^test_(cpu|simt)_")
     set_tests_properties(${name} PROPERTIES RUN_SERIAL ON)

@@ -12,6 +12,7 @@ using namespace flashmoe::test;
 constexpr int kBlockM = CpuEngine::kBlockM;
 
 void check_accuracy(const CpuEngine& engine, Expert& e, int num_rows) {
+  if (kAddressSanitizer) return;  // what is right is right without it; check_bits reaches the same memory, and more
   const Problem& p = e.problem;
   const int H = p.hidden_size, I = p.intermediate_size;
   std::vector<double> x(e.x.size), gate_up(e.gate_up.size), down(e.down.size);
@@ -96,6 +97,7 @@ void check_isolation(const CpuEngine& engine, DType dtype, int H, int I) {
   constexpr int kRows = 11;
   for (int num_rows : {2, kRows})
     for (double poison : {double(NAN), double(INFINITY), -double(INFINITY)}) {
+      if (kAddressSanitizer && !std::isnan(poison)) continue;
       Expert e({dtype, Activation::kSilu, true, H, I}, false);
       const std::string what = e.describe() + " poison " + std::to_string(poison);
       const std::vector<float> clean = run_up(engine, e, 0, num_rows, whole(I));
@@ -186,6 +188,8 @@ void check_tiles(const CpuKernels& kernels) {
         for (Activation activation : kActivations)
           for (bool gated : {false, true})
             for (bool bias : {false, true}) {
+              // One activation reaches all memory that another does.
+              if (kAddressSanitizer && H != 7 && activation != Activation::kSilu) continue;
               Expert e({dtype, activation, gated, H, I}, bias);
               check_accuracy(engine, e, 10);
               check_bits(engine, e, {1, 2, 3, 5, 7, 8, 31});
@@ -194,6 +198,7 @@ void check_tiles(const CpuKernels& kernels) {
     for (auto [H, I] : {std::pair{33, 70}, {100, 130}, {1100, 140}, {130, 2061}}) {
       Expert e({dtype, Activation::kSilu, true, H, I}, true);
       std::vector<int> heights = one_to(cpu::kPassRows + 3);
+      if (kAddressSanitizer && H * I > 100'000) heights = {1, 2, 3, 7, cpu::kPassRows - 1, cpu::kPassRows, cpu::kPassRows + 1};
       heights.insert(heights.end(), {kBlockM - 33, kBlockM - 1, kBlockM});
       check_bits(engine, e, heights);
       check_accuracy(engine, e, 5);

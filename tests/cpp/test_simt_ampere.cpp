@@ -46,6 +46,7 @@ void dtypes_and_activations() {
   for (bool gated : {true, false})
     for (Activation activation : {Activation::kSilu, Activation::kGelu, Activation::kGeluTanh, Activation::kRelu})
       for (bool bias : {true, false}) {
+        if (kAddressSanitizer && bias != gated) continue;
         // Neither width a multiple of what a tile covers or a step takes, and in fp32 not of eight columns.
         const int odd = dtype == DType::kFloat32 ? 4 : 8;
         const Layer layer({.hidden_size = 64 + odd, .intermediate_size = 96 + odd, .num_experts = 4, .top_k = 2, .gated = gated,
@@ -183,6 +184,7 @@ int main() {
   run_test("BitsDoNotDependOnCompany", bits_do_not_depend_on_company<DType::kBFloat16>);
   run_test("BitsOfTf32DoNotDependOnCompany", bits_do_not_depend_on_company<DType::kFloat32>);
   run_test("UnfitWidthsAreRefused", unfit_widths_are_refused);
-  run_test("PlantedFaults", planted_faults);
+  // What broken pipelines do to memory is no matter.
+  if constexpr (!kAddressSanitizer) run_test("PlantedFaults", planted_faults);
   return finish();
 }
