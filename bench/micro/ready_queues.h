@@ -20,7 +20,7 @@ struct Publisher {
     P::store_release(&up.published, block + 1);
   }
   bool take(uint32_t tiles, uint32_t& ticket, TileTask& task) {
-    return take_up<P>(up, bundles, kRing, tiles, ticket, task);
+    return take_up<P>(up, P::load_relaxed(&up.head), bundles, kRing, tiles, ticket, task);
   }
 };
 
@@ -37,7 +37,7 @@ inline double take_alone(uint32_t tiles, int n) {
       wrong += !publisher.take(tiles, up_ticket, task) || task.tile != int(tile);
     push_down<P>(down, entries, kPlaces, block % kRing);
     for (uint32_t tile = 0; tile < tiles; ++tile)
-      wrong += !take_down<P>(down, entries, kPlaces, tiles, down_ticket, task) || task.tile != int(tile);
+      wrong += !take_down<P>(down, P::load_relaxed(&down.head), entries, kPlaces, tiles, down_ticket, task) || task.tile != int(tile);
   });
   if (wrong) throw std::logic_error("a tile was lost, or came twice");
   return seconds / (2 * tiles);
@@ -54,7 +54,7 @@ inline double take_together(int workers, uint32_t tiles, int n) {
     if (worker == 0) begin = P::now_ns();
     uint32_t ticket = kNoTicket;
     uint64_t sum = 0;
-    for (TileTask task; take_up<P>(up, bundles.data(), blocks, tiles, ticket, task);)
+    for (TileTask task; take_up<P>(up, P::load_relaxed(&up.head), bundles.data(), blocks, tiles, ticket, task);)
       sum += uint64_t(task.ring_slot) * tiles + task.tile;
     numbers += sum;
     const uint64_t now = P::now_ns();
@@ -79,7 +79,7 @@ inline double hand_off(int n) {
     return seconds_each(n, [&](int block) {
       if (thread == 0) {
         publisher.publish(uint32_t(block));
-        await([&] { return take_down<P>(down, entries, kPlaces, 1, ticket, task); });
+        await([&] { return take_down<P>(down, P::load_relaxed(&down.head), entries, kPlaces, 1, ticket, task); });
       } else {
         await([&] { return publisher.take(1, ticket, task); });
         push_down<P>(down, entries, kPlaces, task.ring_slot);

@@ -47,16 +47,25 @@ FLASHMOE_DEVICE void store_release_system(T* word, T value) {
 #undef FLASHMOE_PTX_LOAD
 #undef FLASHMOE_PTX_STORE
 
+// The word before; `kind` as above.
+#define FLASHMOE_PTX_ADD(kind, word, value)                                                                             \
+  static_assert(sizeof(*word) == 4 || sizeof(*word) == 8);                                                              \
+  T before;                                                                                                             \
+  if constexpr (sizeof(*word) == 4)                                                                                     \
+    asm volatile("atom.add." kind ".u32 %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(value) : "memory");              \
+  else                                                                                                                  \
+    asm volatile("atom.add." kind ".u64 %0, [%1], %2;" : "=l"(before) : "l"(word), "l"(value) : "memory");              \
+  return before;
+
+template <class T>
+FLASHMOE_DEVICE T fetch_add_relaxed(T* word, T value) {
+  FLASHMOE_PTX_ADD("relaxed.gpu", word, value)
+}
 template <class T>
 FLASHMOE_DEVICE T fetch_add(T* word, T value) {
-  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
-  T before;
-  if constexpr (sizeof(T) == 4)
-    asm volatile("atom.add.acq_rel.gpu.u32 %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(value) : "memory");
-  else
-    asm volatile("atom.add.acq_rel.gpu.u64 %0, [%1], %2;" : "=l"(before) : "l"(word), "l"(value) : "memory");
-  return before;
+  FLASHMOE_PTX_ADD("acq_rel.gpu", word, value)
 }
+#undef FLASHMOE_PTX_ADD
 
 template <class T>
 FLASHMOE_DEVICE T fetch_sub(T* word, T value) {

@@ -51,6 +51,14 @@ FLASHMOE_DEVICE void store_release_system(T* word, T value) {
   store_release(word, value);
 }
 template <class T>
+FLASHMOE_DEVICE T fetch_add_relaxed(T* word, T value) {
+  simt::machine->poll();
+  const T before = *static_cast<const volatile T*>(word);
+  if (value != 0) simt::machine->progress();
+  *static_cast<volatile T*>(word) = before + value;
+  return before;
+}
+template <class T>
 FLASHMOE_DEVICE T fetch_add(T* word, T value) {
   simt::machine->poll();
   const T before = simt::read_acquire(word);

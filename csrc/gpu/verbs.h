@@ -175,6 +175,8 @@ template <class T>
 FLASHMOE_DEVICE T load_acquire_system(const T* word);
 template <class T>
 FLASHMOE_DEVICE void store_release_system(T* word, T value);
+template <class T>
+FLASHMOE_DEVICE T fetch_add_relaxed(T* word, T value);
 // Acquire and release; they return what was there, compare_exchange whether it was `expected`.
 template <class T>
 FLASHMOE_DEVICE T fetch_add(T* word, T value);

@@ -95,7 +95,9 @@ class Worker {
     const bool subscribes = block_of_rank_ == 0, schedules = block_of_rank_ == blocks_ - 1;
     Work work;
     uint32_t posted = 0, idle_rounds = 0;
-    while (!lanes.broadcast(uint32_t(lanes.rank() == 0 && agent.failed()))) {
+    // Asked by those who have nothing else to do, which sooner or later is everybody.
+    const auto failed = [&] { return lanes.broadcast(uint32_t(lanes.rank() == 0 && agent.failed())) != 0; };
+    for (bool ended = failed(); !ended;) {
       bool progress = subscribes && agent.subscriber.step(lanes);
       if (progress && lanes.rank() == 0) arrivals.arrived();
       const uint64_t since = schedules ? publications.now() : 0;
@@ -112,7 +114,8 @@ class Worker {
         if (lanes.rank() == 0) agent.note_progress();
         continue;
       }
-      if (wanted && !decided && agent.done(lanes)) break;
+      ended = failed() || (wanted && !decided && agent.done(lanes));
+      if (ended) break;
       P::pause(++idle_rounds);
       if (subscribes && idle_rounds % kLookEveryRounds == 0) agent.look_for_trouble(lanes);
     }

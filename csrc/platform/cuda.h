@@ -22,6 +22,8 @@ class CudaPlatform {
   }
   FLASHMOE_DEVICE static void store_release(uint32_t* word, uint32_t value) { gpu::store_release(word, value); }
   FLASHMOE_DEVICE static void store_release(uint64_t* word, uint64_t value) { gpu::store_release(word, value); }
+  FLASHMOE_DEVICE static uint32_t load_relaxed(const uint32_t* word) { return gpu::load_relaxed(word); }
+  FLASHMOE_DEVICE static uint32_t fetch_add_relaxed(uint32_t* word, uint32_t n) { return gpu::fetch_add_relaxed(word, n); }
   FLASHMOE_DEVICE static uint32_t fetch_add(uint32_t* word, uint32_t n) { return gpu::fetch_add(word, n); }
   FLASHMOE_DEVICE static uint32_t fetch_sub(uint32_t* word, uint32_t n) { return gpu::fetch_sub(word, n); }
   FLASHMOE_DEVICE static bool compare_exchange(uint32_t* word, uint32_t expected, uint32_t desired) {

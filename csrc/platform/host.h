@@ -38,6 +38,10 @@ class HostPlatform {
   static void store_release(T* word, std::type_identity_t<T> value) {
     std::atomic_ref<T>(*word).store(value, std::memory_order_release);
   }
+  static uint32_t load_relaxed(const uint32_t* word) {
+    return std::atomic_ref(const_cast<uint32_t&>(*word)).load(std::memory_order_relaxed);
+  }
+  static uint32_t fetch_add_relaxed(uint32_t* word, uint32_t n) { return std::atomic_ref(*word).fetch_add(n, std::memory_order_relaxed); }
   static uint32_t fetch_add(uint32_t* word, uint32_t n) { return std::atomic_ref(*word).fetch_add(n, std::memory_order_acq_rel); }
   static uint32_t fetch_sub(uint32_t* word, uint32_t n) { return std::atomic_ref(*word).fetch_sub(n, std::memory_order_acq_rel); }
   static bool compare_exchange(uint32_t* word, uint32_t expected, uint32_t desired) {

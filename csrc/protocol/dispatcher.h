@@ -52,15 +52,16 @@ class Dispatcher {
 
  private:
   FLASHMOE_ROLE Work next_alone() {
+    if (all_sent_) return {};
     Counters& n = *c_.ws.counters;
     if (!P::load_acquire(&n.plan_ready)) {
       const bool mine = !P::load_acquire(&n.plan_claimed) && P::compare_exchange(&n.plan_claimed, 0, 1);
       return {mine ? WorkKind::kPlan : WorkKind::kNone, 0, 0};
     }
     // Some of these tickets name a chunk that a shorter packet does not have: they cost nothing.
-    if (P::load_acquire(&n.send_head) >= n.send_tasks) return {};
-    const uint32_t ticket = P::fetch_add(&n.send_head, 1);
-    if (ticket >= n.send_tasks) return {};
+    const uint32_t ticket = n.send_tasks ? P::fetch_add_relaxed(&n.send_head, 1) : 0;
+    all_sent_ = ticket >= n.send_tasks;
+    if (all_sent_) return {};
     // Chunk-major, so that every destination has work to start on early.
     const int peers = c_.call.ep_size - 1;
     return {WorkKind::kSendChunk, c_.call.canonical_source(1 + int(ticket) % peers), int(ticket) / peers};
@@ -141,6 +142,7 @@ class Dispatcher {
   }
 
   Context<P> c_;
+  bool all_sent_ = false;  // or taken to be sent, by whomever: from then on this worker looks no more
 };
 
 }  // namespace flashmoe

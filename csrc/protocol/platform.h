@@ -32,9 +32,11 @@ template <class P>
 concept Platform = requires(P& p, const P& cp, uint64_t* word64, uint32_t* word32, std::byte* bytes, size_t n, int pe, Alone group) {
   { P::load_acquire(word64) } -> std::same_as<uint64_t>;
   { P::load_acquire(word32) } -> std::same_as<uint32_t>;
+  { P::load_relaxed(word32) } -> std::same_as<uint32_t>;
   P::store_release(word64, uint64_t{});
   P::store_release(word32, uint32_t{});
   { P::fetch_add(word32, uint32_t{}) } -> std::same_as<uint32_t>;  // acquire and release
+  { P::fetch_add_relaxed(word32, uint32_t{}) } -> std::same_as<uint32_t>;
   { P::fetch_sub(word32, uint32_t{}) } -> std::same_as<uint32_t>;  // acquire and release
   { P::compare_exchange(word32, uint32_t{}, uint32_t{}) } -> std::same_as<bool>;
   { cp.heap() } -> std::same_as<std::byte*>;  // my own

@@ -74,10 +74,13 @@ class Processor {
   FLASHMOE_ROLE Work next_tile() {
     Workspace& ws = c_.ws;
     TileTask task;
-    if (take_down<P>(ws.counters->down, ws.down_entries, num_down_places(ws.ring_blocks), tiles_.down_tiles,
+    DownQueue& down = ws.counters->down;
+    UpQueue& up = ws.counters->up;
+    const uint32_t down_head = P::load_relaxed(&down.head), up_head = P::load_relaxed(&up.head);
+    if (take_down<P>(down, down_head, ws.down_entries, num_down_places(ws.ring_blocks), tiles_.down_tiles,
                      down_ticket_, task))
       return {WorkKind::kDownTile, int32_t(task.ring_slot), task.tile};
-    if (take_up<P>(ws.counters->up, ws.bundles, ws.ring_blocks, tiles_.up_tiles, up_ticket_, task))
+    if (take_up<P>(up, up_head, ws.bundles, ws.ring_blocks, tiles_.up_tiles, up_ticket_, task))
       return {WorkKind::kUpTile, int32_t(task.ring_slot), task.tile};
     return {};
   }

@@ -70,16 +70,20 @@ struct TileTask {
 // Tickets are drawn by adding: a worker never tries again because another was faster, as comparing and exchanging would
 // have it do, one success to each round of all who try. So a worker may draw one whose block is not there yet, when
 // others drew the last that was. It keeps that ticket until the block comes, or the call ends.
+//
+// Tickets order nothing, and `head` is what the worker saw of the queue's a moment ago, to draw none in vain: it is what
+// was published that hands over a block. So a worker may look at both heads at once, and draw without waiting for
+// anything that it wrote.
 inline constexpr uint32_t kNoTicket = ~0u;
 
 // Takes the next up tile if it is runnable.
 template <class P>
-FLASHMOE_ROLE bool take_up(UpQueue& queue, const Bundle* bundles, uint32_t ring_blocks, uint32_t tiles,
+FLASHMOE_ROLE bool take_up(UpQueue& queue, uint32_t head, const Bundle* bundles, uint32_t ring_blocks, uint32_t tiles,
                            uint32_t& ticket, TileTask& task) {
-  uint32_t published = P::load_acquire(&queue.published);
+  const uint32_t published = P::load_acquire(&queue.published);
   if (ticket == kNoTicket) {
-    if (P::load_acquire(&queue.head) / tiles >= published) return false;
-    ticket = P::fetch_add(&queue.head, 1);
+    if (head / tiles >= published) return false;
+    ticket = P::fetch_add_relaxed(&queue.head, 1);
   }
   const uint32_t block = ticket / tiles;
   if (block >= published) return false;
@@ -91,14 +95,14 @@ FLASHMOE_ROLE bool take_up(UpQueue& queue, const Bundle* bundles, uint32_t ring_
 }
 
 template <class P>
-FLASHMOE_ROLE bool take_down(DownQueue& queue, const uint64_t* entries, uint32_t places, uint32_t tiles,
+FLASHMOE_ROLE bool take_down(DownQueue& queue, uint32_t head, const uint64_t* entries, uint32_t places, uint32_t tiles,
                              uint32_t& ticket, TileTask& task) {
   const bool looks = ticket == kNoTicket;
-  uint32_t position = (looks ? P::load_acquire(&queue.head) : ticket) / tiles;
+  uint32_t position = (looks ? head : ticket) / tiles;
   uint64_t entry = P::load_acquire(&entries[position % places]);
   if (entry >> 32 != position + 1) return false;
   if (looks) {
-    ticket = P::fetch_add(&queue.head, 1);
+    ticket = P::fetch_add_relaxed(&queue.head, 1);
     if (ticket / tiles != position) {
       position = ticket / tiles, entry = P::load_acquire(&entries[position % places]);
       if (entry >> 32 != position + 1) return false;

@@ -20,6 +20,12 @@ struct Yielding : HostPlatform {
     sched_yield();
     return before;
   }
+  static uint32_t fetch_add_relaxed(uint32_t* word, uint32_t n) {
+    sched_yield();
+    const uint32_t before = HostPlatform::fetch_add_relaxed(word, n);
+    sched_yield();
+    return before;
+  }
 };
 struct TornFetchAdd : HostPlatform {
   static uint32_t fetch_add(uint32_t* word, uint32_t n) {
@@ -28,6 +34,7 @@ struct TornFetchAdd : HostPlatform {
     store_release(word, old + n);
     return old;
   }
+  static uint32_t fetch_add_relaxed(uint32_t* word, uint32_t n) { return fetch_add(word, n); }
 };
 struct EntryBeforeItsPlace : HostPlatform {  // every entry claims to be the first of the queue
   using HostPlatform::store_release;
@@ -73,7 +80,7 @@ bool every_tile_once(const Sizes& s, uint64_t patience_ns = 20'000'000'000) {
   };
   auto work = [&](uint32_t& up_ticket, uint32_t& down_ticket) {
     TileTask task;
-    if (take_down<P>(down, entries.data(), places, s.down_tiles, down_ticket, task)) {
+    if (take_down<P>(down, P::load_relaxed(&down.head), entries.data(), places, s.down_tiles, down_ticket, task)) {
       const uint32_t slot = task.ring_slot, block = HostPlatform::load_acquire(&block_in[slot]);
       if (HostPlatform::load_acquire(&up_left[slot]) != 0) wrong = true;
       if (down_taken[block * s.down_tiles + task.tile].fetch_add(1) != 0) wrong = true;
@@ -83,7 +90,7 @@ bool every_tile_once(const Sizes& s, uint64_t patience_ns = 20'000'000'000) {
       }
       return true;
     }
-    if (!take_up<P>(up, bundles.data(), s.ring_blocks, s.up_tiles, up_ticket, task)) return false;
+    if (!take_up<P>(up, P::load_relaxed(&up.head), bundles.data(), s.ring_blocks, s.up_tiles, up_ticket, task)) return false;
     const uint32_t slot = task.ring_slot, block = HostPlatform::load_acquire(&block_in[slot]);
     if (up_taken[block * s.up_tiles + task.tile].fetch_add(1) != 0) wrong = true;
     if (HostPlatform::fetch_sub(&up_left[slot], 1) == 1) push_down<P>(down, entries.data(), places, slot);
@@ -106,8 +113,8 @@ bool every_tile_once(const Sizes& s, uint64_t patience_ns = 20'000'000'000) {
   for (uint32_t i = 0; i < s.blocks * s.down_tiles; ++i) once = once && down_taken[i] == 1;
   uint32_t ticket = kNoTicket;
   TileTask task;
-  return once && !take_up<P>(up, bundles.data(), s.ring_blocks, s.up_tiles, ticket, task) &&
-         !take_down<P>(down, entries.data(), places, s.down_tiles, ticket, task);
+  return once && !take_up<P>(up, up.head, bundles.data(), s.ring_blocks, s.up_tiles, ticket, task) &&
+         !take_down<P>(down, down.head, entries.data(), places, s.down_tiles, ticket, task);
 }
 
 constexpr Sizes kSizes[] = {{1, 1, 1, 1, 3}, {300, 1, 3, 2, 3}, {500, 2, 1, 1, 4}, {400, 3, 5, 7, 4}, {600, 32, 4, 2, 3}};
@@ -139,8 +146,8 @@ void nothing_to_take() {
   TileTask task{7, 7};
   uint32_t ticket = kNoTicket;
   const Bundle bundles[num_bundle_places(2)] = {{0, 1}};
-  const auto up_tile = [&] { return take_up<HostPlatform>(up, bundles, 2, 3, ticket, task); };
-  const auto down_tile = [&] { return take_down<HostPlatform>(down, entries, 4, 3, ticket, task); };
+  const auto up_tile = [&] { return take_up<HostPlatform>(up, up.head, bundles, 2, 3, ticket, task); };
+  const auto down_tile = [&] { return take_down<HostPlatform>(down, down.head, entries, 4, 3, ticket, task); };
   check(!up_tile() && !down_tile(), "empty queues");
   check(up.head == 0 && down.head == 0 && task.tile == 7, "a look at an empty queue changes nothing");
   up.published = 1;
@@ -159,16 +166,16 @@ void early_tickets() {
   const Bundle bundles[num_bundle_places(2)] = {{0, 1}, {1, 1}};
   uint32_t ticket = 3;
   TileTask task{7, 7};
-  check(!take_up<HostPlatform>(up, bundles, 2, 3, ticket, task) && ticket == 3 && up.head == 3, "its block is not published");
+  check(!take_up<HostPlatform>(up, up.head, bundles, 2, 3, ticket, task) && ticket == 3 && up.head == 3, "its block is not published");
   up.published = 2, up.head = 5;
-  check(take_up<HostPlatform>(up, bundles, 2, 3, ticket, task) && task.ring_slot == 1 && task.tile == 0, "the tile of an early ticket");
+  check(take_up<HostPlatform>(up, up.head, bundles, 2, 3, ticket, task) && task.ring_slot == 1 && task.tile == 0, "the tile of an early ticket");
   check(ticket == kNoTicket && up.head == 5, "and no other");
   DownQueue down{.tail = 0, .head = 2};
   uint64_t entries[kPlaces] = {};
   ticket = 1;
-  check(!take_down<HostPlatform>(down, entries, kPlaces, 3, ticket, task) && ticket == 1, "its block has up tiles left");
+  check(!take_down<HostPlatform>(down, down.head, entries, kPlaces, 3, ticket, task) && ticket == 1, "its block has up tiles left");
   for (uint32_t slot : {1u, 0u, 1u, 0u}) push_down<HostPlatform>(down, entries, kPlaces, slot);
-  check(take_down<HostPlatform>(down, entries, kPlaces, 3, ticket, task) && task.ring_slot == 1 && task.tile == 1,
+  check(take_down<HostPlatform>(down, down.head, entries, kPlaces, 3, ticket, task) && task.ring_slot == 1 && task.tile == 1,
         "the first entry, after as many more as can be under way");
 }
 
@@ -182,7 +189,7 @@ void bundles_share_columns() {
   TileTask task;
   constexpr std::pair<uint32_t, int> kOrder[] = {{0, 0}, {1, 0}, {2, 0}, {0, 1}, {1, 1}, {2, 1}, {3, 0}, {3, 1}};
   for (const auto& [slot, tile] : kOrder)
-    check(take_up<HostPlatform>(up, bundles.data(), kRing, kTiles, ticket, task) && task.ring_slot == slot && task.tile == tile,
+    check(take_up<HostPlatform>(up, up.head, bundles.data(), kRing, kTiles, ticket, task) && task.ring_slot == slot && task.tile == tile,
           "tile " + std::to_string(tile) + " of block " + std::to_string(slot));
 }
 
@@ -206,7 +213,7 @@ void late_tickets() {
   }
   uint32_t ticket = kBlocks - 1;
   TileTask task;
-  check(take_up<HostPlatform>(up, bundles.data(), kRing, kTiles, ticket, task) && task.ring_slot == kBlocks - 1 && task.tile == 0,
+  check(take_up<HostPlatform>(up, up.head, bundles.data(), kRing, kTiles, ticket, task) && task.ring_slot == kBlocks - 1 && task.tile == 0,
         "the tile of a late ticket");
 }
 
