@@ -29,8 +29,8 @@ ARCHITECTURES = ("80", "90a", "100")
 ALONE = {"csrc/runtime/moe_cuda_sm90.cu": ("90a",), "csrc/runtime/moe_cuda_sm90_nvshmem.cu": ("90a",)}
 VERBS = "tests/cuda/verbs_compile.cu"  # not part of the extension
 COUNTED = ("HMMA", "LDGSTS", "LDSM", "HGMMA", "UTMALDG", "USETMAXREG")
-# setmaxnreg ignored; wgmma serialised because of a call; wgmma serialised for another reason.
-FATAL_NOTES = ("C7504", "C7509", "C7510", "C7515")
+# setmaxnreg ignored, for one reason or another; wgmma serialised because of a call; wgmma serialised for another reason.
+FATAL_NOTES = ("C7504", "C7507", "C7509", "C7510", "C7515")
 # What the extension must do where there is no driver, in a process that sees no GPU.
 WITHOUT_A_DRIVER = """
 import torch, flashmoe
@@ -184,6 +184,7 @@ def check_code(notes: str, binary: Path) -> tuple[Kernels, list[str]]:
     warning = re.compile("warning #|(?:ptxas|nvcc) warning|" + "|".join(FATAL_NOTES))
     problems = [line for line in notes.splitlines() if warning.search(line)]
     kernels = read_ptxas(notes)
+
     def disassemble(arch: str) -> subprocess.CompletedProcess:
         command = [toolkit() / "bin" / "cuobjdump", "-sass", "-arch", arch, binary]
         return subprocess.run(command, capture_output=True, text=True, env=environment())
