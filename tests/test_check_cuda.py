@@ -58,6 +58,16 @@ def test_an_array_that_left_the_registers_is_refused():
     assert problems_of(GOOD, spills=8, stack=8) == ["8 bytes spilled", "8 bytes of stack"]
 
 
+def test_loads_that_do_not_see_what_others_write_are_refused():
+    loads = ["LDG.E.128.CONSTANT R4, [R2.64]", "LDG.E R4, [R2.64]"]
+    for name, problems in {
+        "_ZN8flashmoe10moe_kernelINS_11ExactEngineENS_12CudaPlatformEE": ["1 loads through the read-only cache"],
+        "_ZN8flashmoe10moe_kernelINS_11ExactEngineENS_15NvshmemPlatformEE": [],
+        "_ZN8flashmoe12begin_kernelE": [],
+    }.items():
+        assert check_cuda.Kernel(name, "sm_80", sass=loads).problems() == problems
+
+
 def test_what_a_called_function_keeps_on_the_stack_is_its_kernels():
     called = """ptxas info    : Function properties for put_signal
     8 bytes stack frame, 4 bytes spill stores, 4 bytes spill loads
