@@ -33,6 +33,16 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 # A kernel that hangs is to say so within its step.
 export FLASHMOE_TIMEOUT_S=10 FLASHMOE_ENTRY_TIMEOUT_S=10
 
+# The extension, and beside it the engines alone, which need no more than a compiler.
+build() {
+  "${CUDACXX:-nvcc}" -std=c++20 -O3 -DNDEBUG -I csrc -gencode "arch=compute_$arch,code=sm_$arch" \
+    tests/cuda/engine_alone.cu -o "$programs/engine_alone" &
+  "$python" setup.py --quiet build_ext --inplace
+  local code=$?
+  wait $! && return $code
+}
+# Whether the engines' own parts are wrong, before anything that is made of them is asked; the log keeps their speeds.
+engines() { "$programs/engine_alone" | tee "$out/gpu/engine_alone.txt"; }
 # Each file in a process of its own: an error that a GPU does not forgive costs only the tests after it. Tests that hang
 # or would come too late end before their step does, which would end them without a word of what has failed so far.
 tests() {  # file, options of pytest ...
@@ -68,25 +78,28 @@ timeline() {
   "$python" -m flashmoe run --device cuda --model mixtral-8x7b --tokens 8192 --input random --baselines none --iters 10 \
     --seconds 3 --trace "$out/gpu/timeline.json" --json "$out/gpu/traced.json"
 }
-export -f tests sanitize processes layers timeline
+export -f build engines tests sanitize processes layers timeline
 out=$(realpath "$out")
-export python out
+programs=$(mktemp -d)
+trap 'rm -rf "$programs"' EXIT
+export python out arch programs
 
 mkdir -p "$out/gpu"
 
 # What the steps import lies on a disk that may be cold: it is read while the compilers run.
 "$python" -c 'import torch, triton, matplotlib.pyplot' > /dev/null 2>&1 &
-step build 100 "$python" setup.py --quiet build_ext --inplace
+step build 100 bash -c build
+step engines 13 bash -o pipefail -c engines
 step info 24 bash -c '"$python" -m flashmoe info && "$python" -m torch.distributed.run -m flashmoe info --distributed'
-step layer 74 bash -c 'tests tests/test_cuda.py'
+step layer 70 bash -c 'tests tests/test_cuda.py'
 step ranks 40 bash -c 'tests tests/test_cuda_ranks.py'
 step graphs 28 bash -c 'tests tests/test_cuda_graphs.py tests/test_cuda_routing.py'
 step trace 30 bash -c 'tests tests/test_cuda_trace.py'
 step timeline 26 bash -c timeline
-step processes 60 bash -c processes
+step processes 54 bash -c processes
 step memcheck 36 bash -c 'sanitize memcheck --report-api-errors no'
 step racecheck 36 bash -c 'sanitize racecheck'
-step prefill 38 bash -c 'layers 18 --tokens 8192 512'
+step prefill 36 bash -c 'layers 18 --tokens 8192 512'
 step decode 26 bash -c 'layers 9 --tokens 1 8 32 128 --graph'
 step micro 20 "$python" -m flashmoe bench micro -k bench_gpu --json "$out/gpu/micro.json"
 

@@ -15,8 +15,9 @@ if(FLASHMOE_SANITIZE STREQUAL "thread")
 elseif(FLASHMOE_SANITIZE STREQUAL "address")
   # What broken kernels do to memory is no matter, and there are many of them: minutes to compile.
   list(FILTER test_sources EXCLUDE REGEX "/test_simt_[a-z_]*_faults\\.cpp$")
-  # The timeline's run the kernels of the other programs again, and check themselves that no note lies outside its list.
-  list(FILTER test_sources EXCLUDE REGEX "/test_simt_trace\\.cpp$")
+  # The timeline's run the kernels of the other programs again, and check themselves that no note lies outside its list;
+  # the engines alone are parts of those kernels.
+  list(FILTER test_sources EXCLUDE REGEX "/test_simt_(trace|engine_alone)\\.cpp$")
 endif()
 if(NOT FLASHMOE_WITH_UCX)
   list(FILTER test_sources EXCLUDE REGEX "/test_ucx_[a-z_]*\\.cpp$")
@@ -24,11 +25,11 @@ endif()
 foreach(source ${test_sources})
   get_filename_component(name ${source} NAME_WE)
   add_executable(${name} ${source})
-  target_include_directories(${name} PRIVATE tests/cpp)
+  target_include_directories(${name} PRIVATE tests/cpp tests/cuda)
   if(name MATCHES "^test_ucx_")
     target_compile_definitions(${name} PRIVATE FLASHMOE_UCX_LIBRARY="${ucx_library}")
   endif()
-  if(name MATCHES "^test_simt_(ampere|hopper|trace|.*faults)$")
+  if(name MATCHES "^test_simt_(ampere|engine_alone|hopper|trace|.*faults)$")
     # Many kernels, each run for moments: -O3 would compile them for longer than it spares.
     target_compile_options(${name} PRIVATE -O1)
   endif()

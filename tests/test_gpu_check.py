@@ -18,6 +18,9 @@ TIMEOUT = LOGGED + """shift 3
 case "$*" in *"$FAILING"*) exit 124 ;; esac
 exec "$@"
 """
+# What it compiles is a program that tells, too.
+COMPILER = LOGGED + """cp "$PYTHON" "${!#}"
+"""
 
 
 @pytest.fixture
@@ -28,12 +31,12 @@ def ran(tmp_path):
         programs, out, log = tmp_path / "bin", tmp_path / "out", tmp_path / "log"
         programs.mkdir(exist_ok=True)
         log.unlink(missing_ok=True)
-        names = ["fake_python", "timeout", "compute-sanitizer", "nvidia-smi", "nvidia-cuda-mps-control"]
+        names = ["fake_python", "timeout", "nvcc", "compute-sanitizer", "nvidia-smi", "nvidia-cuda-mps-control"]
         for name in names:
-            (programs / name).write_text(TIMEOUT if name == "timeout" else LOGGED)
+            (programs / name).write_text({"timeout": TIMEOUT, "nvcc": COMPILER}.get(name, LOGGED))
             (programs / name).chmod(0o755)
         environment = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHON": str(programs / "fake_python"),
-                                    "LOG": str(log), "FAILING": failing}  # fmt: skip
+                                    "CUDACXX": str(programs / "nvcc"), "LOG": str(log), "FAILING": failing}  # fmt: skip
         command = [ROOT / "bench" / "gpu_check.sh", out]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
         commands = [shlex.split(line) for line in log.read_text().splitlines()]
@@ -57,6 +60,17 @@ def test_steps_fit_into_nine_minutes_and_name_what_there_is(ran):
     assert {f"tests/{file.name}" for file in (ROOT / "tests").glob("test_cuda*.py")} - set(files) == {
         "tests/test_cuda_arguments.py"
     }, "which needs no GPU"
+
+
+def test_engines_are_asked_before_what_is_made_of_them(ran):
+    _, commands, table = ran()
+    names = [command[0] for command in commands]
+    compiled = commands[names.index("nvcc")]
+    assert {"arch=compute_90a,code=sm_90a", "tests/cuda/engine_alone.cu"} <= set(compiled)
+    assert (ROOT / "tests/cuda/engine_alone.cu").exists()
+    assert [line.split()[0] for line in table[:2]] == ["build", "engines"] and names.count("engine_alone") == 1
+    asks = [place for place, command in enumerate(commands) if any("info" in word for word in command)]
+    assert names.index("nvcc") < names.index("engine_alone") < asks[0]
 
 
 def test_tests_end_before_their_step_and_say_what_failed(ran):

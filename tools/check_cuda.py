@@ -24,10 +24,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("80", "90a", "100")
-# Sources that one architecture alone can compile. A kernel is Hopper's if its name says sm90, Ampere's if it says
-# sm80.
-ALONE = {"csrc/runtime/moe_cuda_sm90.cu": ("90a",), "csrc/runtime/moe_cuda_sm90_nvshmem.cu": ("90a",)}
-VERBS = "tests/cuda/verbs_compile.cu"  # not part of the extension
+# Sources for one architecture: no other can compile all of them. A kernel is Hopper's if its name says sm90, Ampere's
+# if it says sm80.
+ALONE = {"csrc/runtime/moe_cuda_sm90.cu": ("90a",), "csrc/runtime/moe_cuda_sm90_nvshmem.cu": ("90a",),
+         "tests/cuda/engine_alone.cu": ("90a",)}  # fmt: skip
+VERBS, ENGINES = "tests/cuda/verbs_compile.cu", "tests/cuda/engine_alone.cu"  # not part of the extension
 COUNTED = ("HMMA", "LDGSTS", "LDSM", "HGMMA", "UTMALDG", "USETMAXREG")
 # setmaxnreg ignored, for one reason or another; wgmma serialised because of a call; wgmma serialised for another reason.
 FATAL_NOTES = ("C7504", "C7507", "C7509", "C7510", "C7515")
@@ -267,7 +268,7 @@ def try_without_driver(library: Path, folder: Path) -> bool:
 
 def main() -> int:
     chosen = sys.argv[1:]
-    jobs = [(source, arch) for source in chosen or [VERBS] for arch in ALONE.get(source, ARCHITECTURES)]
+    jobs = [(source, arch) for source in chosen or [VERBS, ENGINES] for arch in ALONE.get(source, ARCHITECTURES)]
     well = True
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(lambda job: compile_for(*job, Path(folder)), jobs)

@@ -1,0 +1,78 @@
+// The engines' loaders and products without the protocol, on fibers: the cases that tests/cuda/engine_alone.cu asks a
+// GPU for, but for the deep ones, which whole kernels have (test_simt_hopper); and that the comparison sees what is
+// wrong.
+#include <cstring>
+
+#include "engine_cases.h"
+#include "simt_run.h"
+
+namespace {
+
+using namespace flashmoe;
+using namespace flashmoe::test;
+
+// Rows of 16-byte multiples that begin at such an address.
+struct Rows {
+  explicit Rows(const std::vector<uint32_t>& words) : store((words.size() + 3) / 4) {
+    memcpy(store.data(), words.data(), words.size() * 4);
+  }
+  const std::byte* data() const { return reinterpret_cast<const std::byte*>(store.data()); }
+  std::vector<gpu::Words4> store;
+};
+
+template <class Alone>
+std::string run(const Integers& integers, Tiles tiles, uint64_t seed) {
+  const Rows x(encoded<Alone::kDType>(integers.x)), weights(encoded<Alone::kDType>(integers.weights));
+  std::vector<float> sums(size_t(tiles.num_tiles) * tiles.num_rows * Alone::kTileN, NAN);
+  tiles.x = x.data(), tiles.weights = weights.data(), tiles.sums = sums.data();
+  if (std::string error = Alone::make_map(&tiles); !error.empty()) return error;
+  const std::string error = failure(seed, 1, Alone::kThreads, sizeof(typename Alone::Shared),
+                                    [&] { Alone::run(tiles, gpu::shared_memory()); });
+  return error.empty() ? wrong_sums<Alone>(integers, tiles, sums) : error;
+}
+
+void every_engine() {
+  for (int depth : kDepths) {
+    if (depth > 200) break;
+    const Integers integers(depth);
+    for_each_engine(90, [&]<class Alone>(const std::string& name, Alone) {
+      for (int num_rows : kNumRows) {
+        // Enough shallow tiles, of one step each, to come to the first stages again.
+        const Tiles tiles = integers.tiles<Alone>(num_rows, depth == 8 ? Alone::Engine::Pipeline::kStages + 2 : 2);
+        const std::string wrong = run<Alone>(integers, tiles, uint64_t(num_rows));
+        check(wrong.empty(),
+              name + ", " + std::to_string(num_rows) + " rows of " + std::to_string(depth) + ": " + wrong);
+      }
+    });
+  }
+}
+
+// Right ones, of which two are spoilt then.
+void wrong_sums_are_named() {
+  using Alone = Sm90Alone<Sm90Wide, DType::kBFloat16>;
+  const Integers integers(64);
+  const Tiles tiles = integers.tiles<Alone>(65, 2);
+  std::vector<float> sums(2 * 65 * Alone::kTileN);
+  for (int tile = 0; tile < 2; ++tile)
+    for (int row = 0; row < 65; ++row)
+      for (int column = 0; column < Alone::kTileN; ++column) {
+        const int weight = tiles.weight_row(tile, column / 128) + column % 128;
+        const int sum = weight < 300 ? integers.sums[tiles.x_row(tile, row) * 300 + weight] : 0;
+        sums[(tile * 65 + row) * Alone::kTileN + column] = float(sum);
+      }
+  check(wrong_sums<Alone>(integers, tiles, sums).empty(), "right sums");
+  sums[(65 + 64) * Alone::kTileN + 200] += 1;
+  sums[(65 + 3) * Alone::kTileN + 255] = NAN;
+  const std::string said = wrong_sums<Alone>(integers, tiles, sums);
+  for (const char* words : {"2 of 33280 sums are wrong, 1 of these", "in tiles 1-1 rows 3-64 columns 200-255",
+                            "tile 1 row 3 column 255 is nan, not 0"})
+    check_caught(contains(said, words), std::string(words) + ", said: " + said);
+}
+
+}  // namespace
+
+int main() {
+  run_test("EveryEngine", every_engine);
+  run_test("WrongSumsAreNamed", wrong_sums_are_named);
+  return finish();
+}
