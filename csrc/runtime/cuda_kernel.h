@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -20,6 +21,9 @@ struct CudaLaunch {
   std::vector<Call> calls;  // of each rank, with tables that the host can read
   int blocks_per_rank;
   cudaStream_t stream;
+  // The call's first launch, to be made when the second can no longer be refused: with it the ranks enter the call, and
+  // peers would wait for one that then did not come.
+  std::function<cudaError_t()> begin;
 };
 
 struct CudaKernel {

@@ -31,13 +31,14 @@ std::string launch_moe_kernel(const CudaLaunch& l) {
 
   cudaError_t error =
       cudaFuncSetAttribute(moe_kernel<E, P>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(kSharedBytes));
+  if (error == cudaSuccess) error = l.begin();
   // Cooperative, so that all blocks run at once: they wait for each other.
   gpu::RankState* ranks = l.ranks;
   void* arguments[] = {&ranks, &num_ranks, &operands};
   if (error == cudaSuccess)
     error = cudaLaunchCooperativeKernel(moe_kernel<E, P>, dim3(num_ranks * l.blocks_per_rank),
                                         dim3(CudaWorker<E, P>::kThreads), arguments, kSharedBytes, l.stream);
-  return error == cudaSuccess ? "" : std::string("launch of moe_kernel: ") + cudaGetErrorString(error);
+  return error == cudaSuccess ? "" : std::string("launch of a call's kernels: ") + cudaGetErrorString(error);
 }
 
 template <class E, class P>

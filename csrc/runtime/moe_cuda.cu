@@ -109,17 +109,14 @@ class CudaTeam::Impl {
                      .num_workers = uint32_t(blocks_per_rank_),
                      .plan_warps = kernel.crew_warps,
                      .hidden_bytes = kernel.hidden_bytes};
-    CudaLaunch launch{states_, {}, blocks_per_rank_, stream};
+    CudaLaunch launch{states_, {}, blocks_per_rank_, stream, [&] { return launch_begin(states_, ranks, begin, stream); }};
     for (int i = 0; i < ranks; ++i) {
       prepare(args[i], i, begin.machine, begin.rank[i]);
       launch.calls.push_back(begin.rank[i].call);
       launch.calls[i].rank_begin = placements_.of(args[i], ep_size_, ranks_[i], memory_).rank_begin.data();
     }
     order_.enter(stream, capture);
-    std::string error;
-    if (const cudaError_t e = launch_begin(states_, ranks, begin, stream); e != cudaSuccess)
-      error = std::string("launch of begin_kernel: ") + cudaGetErrorString(e);
-    if (error.empty()) error = kernel.launch(launch);
+    const std::string error = kernel.launch(launch);
     if (!error.empty()) cudaGetLastError();
     // Also after an error, since the first launch may be under way; but of a capture the first error is to be told.
     if (error.empty() || !capture.active) order_.leave(stream, capture);
