@@ -108,8 +108,7 @@ void select_experts(uintptr_t scores, uintptr_t bias, int num_tokens, int num_ex
 #endif
 }
 
-py::dict stats(const Group& group) {
-  const GroupStats s = group.stats();
+py::dict dict_of(const GroupStats& s) {
   py::dict bytes;
   bytes["header"] = s.header, bytes["rows"] = s.rows, bytes["results"] = s.results, bytes["signals"] = s.signals;
   py::dict d;
@@ -145,6 +144,15 @@ py::list cuda_trace(CudaTeam& team) {
     ranks.append(lists);
   }
   return ranks;
+}
+
+std::optional<py::dict> cuda_stats(CudaTeam& team, int layer, int rank) {
+  std::optional<GroupStats> stats;
+  {
+    const py::gil_scoped_release release;
+    stats = team.stats(layer, rank);
+  }
+  return stats ? std::optional(dict_of(*stats)) : std::nullopt;
 }
 
 // What Python holds, for as long as the last copy of this lives.
@@ -250,7 +258,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("offsets"), py::arg("pids"), py::arg("global_ranks"), py::arg("network") = nullptr,
            py::arg("remote_only_seed") = py::none(), py::arg("timeout_s") = 60.0, py::arg("entry_timeout_s") = 600.0, py::arg("num_workers") = 1)
       .def("forward", forward_taking(&forward_args))
-      .def("stats", &stats)
+      .def("stats", [](const Group& group) { return dict_of(group.stats()); })
       .def("set_trace", &Group::set_trace, py::arg("max_events"), py::call_guard<py::gil_scoped_release>())
       .def("trace", &trace)
       .def_property_readonly("failed", &Group::failed)
@@ -292,7 +300,6 @@ PYBIND11_MODULE(_C, m) {
       .def("set_trace", &CudaTeam::set_trace, py::arg("max_events"), py::call_guard<py::gil_scoped_release>())
       .def("trace", &cuda_trace)
       .def("check", &CudaTeam::check, py::call_guard<py::gil_scoped_release>())
-      .def("tokens_per_expert", &CudaTeam::tokens_per_expert, py::arg("layer"), py::arg("rank") = 0,
-           py::call_guard<py::gil_scoped_release>());
+      .def("stats", &cuda_stats, py::arg("layer"), py::arg("rank") = 0);
 #endif
 }

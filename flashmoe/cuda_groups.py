@@ -49,9 +49,8 @@ class CudaGroup:
             raise _C.PeerError(self._failed) from None
 
     def stats(self, layer: int) -> dict | None:
-        """Of the layer's last call, for which this waits; what went to whom is not counted on a GPU."""
-        tokens = self.team.tokens_per_expert(layer)
-        return None if tokens is None else {"tokens_per_expert": tokens, "bytes_per_peer": None}
+        """Of the layer's last call, for which this waits; as of ``_C.Group``."""
+        return self.team.stats(layer)
 
     def _with_the_ended(self, text: str) -> str:
         # A GPU sees deadlines alone; the host may know why.

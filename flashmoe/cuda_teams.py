@@ -96,13 +96,7 @@ def check() -> None:
 def stats(name: str | None, layer: int) -> dict | None:
     """Of the layer's last call on its GPU, for which this waits; of one that failed they mean nothing."""
     team = _local.get((name, device_of_layer[name, layer]))
-    tokens = None if team is None else team.tokens_per_expert(layer)
-    if tokens is None:
-        return None
-    return {
-        "tokens_per_expert": tokens,
-        "bytes_per_peer": {kind: [0] for kind in ("header", "rows", "results", "signals")},
-    }
+    return None if team is None else team.stats(layer)
 
 
 def start_trace(name: str | None, max_events: int) -> None:

@@ -33,9 +33,9 @@ def flops_of(shape: LayerShape, rows: int, backward: bool) -> dict[str, int]:
     return {"forward": forward} | ({"row_gradients": forward, "weight_gradients": forward} if backward else {})
 
 
-def bytes_of(options: RunOptions, load: dict[str, Any], bytes_per_peer: list[Any]) -> dict[str, int | None]:
+def bytes_of(options: RunOptions, load: dict[str, Any], bytes_per_peer: list[Any]) -> dict[str, int]:
     """Each touched expert's weights, x and y once; the rows between the two products, which need not leave a cache;
-    and what was sent to other ranks, None where that is not counted.
+    and what was sent to other ranks.
 
     With the backward pass weights and x are read once more, for the gradients of rows and of weights; the touched
     experts' gradients are written, and y's and x's read and written; and rows' and results' gradients travel back the
@@ -44,14 +44,14 @@ def bytes_of(options: RunOptions, load: dict[str, Any], bytes_per_peer: list[Any
     shape, itemsize, passes = options.shape, options.torch_dtype.itemsize, 2 if options.backward else 1
     rows = options.ranks * options.tokens * shape.hidden_size * itemsize
     touched = load["experts_used"] * shape.expert_elements * itemsize
-    sent = sum(sum(map(sum, rank.values())) for rank in bytes_per_peer) if all(bytes_per_peer) else None
+    sent = sum(sum(map(sum, rank.values())) for rank in bytes_per_peer)
     gradients = {"weight_gradients": touched, "grad_x": rows, "grad_y": rows} if options.backward else {}
     return {
         "weights": passes * touched,
         "x": passes * rows,
         "y": rows,
         "between": load["rows"] * shape.intermediate_size * itemsize,
-        "sent": None if sent is None else passes * sent,
+        "sent": passes * sent,
     } | gradients
 
 

@@ -17,7 +17,7 @@ _SKIPPED = object_of({"name": TEXT, "skipped": TEXT})
 _GRADIENTS = object_of(dict.fromkeys(("x", "topk_weights", "gate_up_proj", "down_proj"), NUMBER))
 _TIMED = object_of({"name": TEXT, **_LATENCY["properties"]}, relative_error=NUMBER, gradient_errors=_GRADIENTS)
 _JUDGED = object_of(dict.fromkeys(_GRADIENTS["properties"], object_of({"relative": NUMBER, "bound": NUMBER})))
-_TRAFFIC = list_of({"type": ["object", "null"], "additionalProperties": list_of(COUNT)})
+_TRAFFIC = list_of({"type": "object", "additionalProperties": list_of(COUNT)})
 
 # What a record says of the layer itself: its times and how they compare, or why the backward pass of it is not timed.
 _MEASURED = {"properties": {
@@ -66,8 +66,7 @@ RUN_SCHEMA: dict[str, Any] = object_of({
     "elapsed_seconds": NUMBER,
 }, latency=_LATENCY, latency_with_router=_LATENCY, link=object_of({"bytes": COUNT, "gb_s": NUMBER, "seconds": NUMBER}),
    clock=TEXT,
-   bytes=object_of({"weights": COUNT, "x": COUNT, "y": COUNT, "between": COUNT,
-                    "sent": {"type": ["integer", "null"], "minimum": 0}}),
+   bytes=object_of({"weights": COUNT, "x": COUNT, "y": COUNT, "between": COUNT, "sent": COUNT}),
    timeline=object_of({"seconds": NUMBER, "workers": COUNT, "utilization": NUMBER, "tiles": NUMBER,
                        "exposed": NUMBER, "tail": NUMBER, "lost_events": COUNT},
                       overlap={"type": ["number", "null"]}, clock_step=NUMBER,

@@ -93,7 +93,7 @@ def body(record: dict[str, Any]) -> str:
     parts = ["\n".join(f"{name:<10}{text}" for name, text in lines)]
     if "timeline" in record:
         parts.append(timeline(record["timeline"]))
-    if record["run"]["ranks"] > 1 and all(record["bytes_per_peer"]):
+    if record["run"]["ranks"] > 1:
         parts.append(traffic(record["bytes_per_peer"]))
     if record["baselines"]:
         parts.append(comparison(record))

@@ -157,7 +157,7 @@ def run_rank(options: RunOptions) -> dict[str, Any] | None:
         write_timeline(timeline, Path(options.trace), report)
     if routed is not None:
         result["latency_with_router"] = speed(routed, flops)
-    if link is not None and link.samples and all(result["bytes_per_peer"]):
+    if link is not None and link.samples:
         result["link"] = link_of(options, result["bytes_per_peer"], sent / spread(link.samples)["p50"])
     moved = result["bytes"] = bytes_of(options, result["routing"], result["bytes_per_peer"])
     reads = (moved["weights"] + moved.get("weight_gradients", 0)) / amounts[1]

@@ -52,9 +52,5 @@ class VirtualLayer:
 
     @property
     def stats(self) -> list[dict[str, Any]]:
-        """By rank, of the last call, for which this waits; what went to whom is not counted on a GPU."""
-        team = self.ranks.team
-        return [
-            {"tokens_per_expert": team.tokens_per_expert(0, rank), "bytes_per_peer": None}
-            for rank in range(self.ranks.ep_size)
-        ]
+        """By rank, of the last call, for which this waits."""
+        return [self.ranks.team.stats(0, rank) for rank in range(self.ranks.ep_size)]

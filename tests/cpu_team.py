@@ -28,8 +28,8 @@ class CpuTeam:
     def check(self) -> None:
         pass
 
-    def tokens_per_expert(self, layer: int, rank: int = 0) -> list[int]:
-        return self.groups[rank].stats()["tokens_per_expert"]
+    def stats(self, layer: int, rank: int = 0) -> dict:
+        return self.groups[rank].stats()
 
     def set_trace(self, max_events: int) -> None:
         self.max_events = max_events

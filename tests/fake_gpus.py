@@ -131,8 +131,8 @@ class Team:
         if self.answer:
             raise _C.PeerError(self.answer)
 
-    def tokens_per_expert(self, layer: int) -> list[int]:
-        return [layer]
+    def stats(self, layer: int) -> dict[str, list[int]]:
+        return {"tokens_per_expert": [layer]}
 
     def set_trace(self, max_events: int) -> None:
         self.max_events = max_events

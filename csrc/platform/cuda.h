@@ -13,8 +13,8 @@ namespace flashmoe {
 
 class CudaPlatform {
  public:
-  FLASHMOE_DEVICE CudaPlatform(const Call& call, const Peers& peers, const Workspace&)
-      : ep_rank_(call.ep_rank), heaps_(peers.heaps) {}
+  FLASHMOE_DEVICE CudaPlatform(const Call& call, const Peers& peers, const Workspace& workspace)
+      : ep_rank_(call.ep_rank), heaps_(peers.heaps), ws_(workspace) {}
 
   template <class T>
   FLASHMOE_DEVICE static T load_acquire(const T* word) {
@@ -45,7 +45,8 @@ class CudaPlatform {
   FLASHMOE_DEVICE std::byte* heap() const { return heaps_[ep_rank_]; }
   FLASHMOE_DEVICE std::byte* window(int pe, size_t offset, std::byte*) const { return heaps_[pe] + offset; }
 
-  FLASHMOE_DEVICE void commit(int pe, size_t, const std::byte*, size_t, size_t signal, uint64_t word, Traffic) {
+  FLASHMOE_DEVICE void commit(int pe, size_t, const std::byte*, size_t bytes, size_t signal, uint64_t word, Traffic kind) {
+    count(pe, bytes, kind);
     // Pairs with the acquire of the reader's test_signal.
     gpu::store_release_system(reinterpret_cast<uint64_t*>(heaps_[pe] + signal), word);
   }
@@ -60,6 +61,14 @@ class CudaPlatform {
 
   FLASHMOE_DEVICE static uint64_t now_ns() { return gpu::now_ns(); }
   FLASHMOE_DEVICE static void pause(uint32_t rounds) { gpu::sleep_ns(rounds < 64 ? 20 : 200); }
+
+ protected:
+  FLASHMOE_DEVICE void count(int pe, size_t bytes, Traffic kind) const {
+    if (pe == ep_rank_) return;
+    uint64_t* sent = ws_.sent + pe * kTrafficKinds;
+    gpu::fetch_add_relaxed(sent + int(kind), uint64_t(bytes));
+    gpu::fetch_add_relaxed(sent + int(Traffic::kSignal), uint64_t(sizeof(uint64_t)));
+  }
 
  private:
   template <class Piece, class Group>
@@ -79,6 +88,9 @@ class CudaPlatform {
 
   int ep_rank_;
   std::byte* const* heaps_;
+
+ protected:
+  const Workspace& ws_;
 };
 
 static_assert(Platform<CudaPlatform>);

@@ -16,7 +16,7 @@ namespace flashmoe {
 class NvshmemPlatform : public CudaPlatform {
  public:
   FLASHMOE_DEVICE NvshmemPlatform(const Call& call, const Peers& peers, const Workspace& workspace)
-      : CudaPlatform(call, peers, workspace), peers_(peers), ws_(workspace), epoch_(call.epoch),
+      : CudaPlatform(call, peers, workspace), peers_(peers), epoch_(call.epoch),
         my_pe_(peers.pes[call.ep_rank]) {}
 
   FLASHMOE_DEVICE std::byte* window(int pe, size_t offset, std::byte* stage) const {
@@ -26,6 +26,7 @@ class NvshmemPlatform : public CudaPlatform {
   FLASHMOE_DEVICE void commit(int pe, size_t offset, const std::byte* source, size_t bytes, size_t signal,
                               uint64_t word, Traffic kind) {
     if (peers_.heaps[pe]) return CudaPlatform::commit(pe, offset, source, bytes, signal, word, kind);
+    count(pe, bytes, kind);
     std::byte* there = peers_.symmetric[pe];
     gpu::remote_put_signal(my_pe_, peers_.pes[pe], there + offset, source, bytes,
                            reinterpret_cast<uint64_t*>(there + signal), word);
@@ -97,7 +98,6 @@ class NvshmemPlatform : public CudaPlatform {
   }
 
   const Peers& peers_;
-  const Workspace& ws_;
   uint64_t epoch_;
   int my_pe_;
   bool results_on_their_way_ = false;  // of the row block in hand

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "protocol/heap_layout.h"
+#include "protocol/platform.h"
 #include "protocol/task.h"
 
 namespace flashmoe {
@@ -65,6 +66,8 @@ struct Workspace {
   Counters* counters;
   Status* status;
 
+  uint64_t* sent;  // [ep_size, kTrafficKinds] bytes handed to the transport, where the platform counts them here
+
   // The plan of my own tokens (dispatcher). Position and row arrays are result rows, packet by packet.
   uint32_t* segment_row;     // [num_experts + 1] first result row of each position
   uint32_t* segment_signal;  // [num_experts + 1] first result signal of each position
@@ -120,6 +123,7 @@ struct Workspace {
     };
     region(counters, 1);
     region(status, 1);
+    region(sent, ep_size * kTrafficKinds);
     region(segment_row, experts + 1);
     region(segment_signal, experts + 1);
     region(result_row, pairs);
@@ -164,6 +168,7 @@ struct Workspace {
       status->epoch = call.epoch, status->tag = call.tag;
     }
     for (int i = group.rank(); i < call.ep_size; i += group.size()) num_chunks[i] = chunks_ready[i] = 0;
+    for (int i = group.rank(); i < call.ep_size * kTrafficKinds; i += group.size()) sent[i] = 0;
     for (int e = group.rank(); e < call.num_local_experts(); e += group.size()) row_offset[e] = next_block[e] = 0;
     for (uint32_t r = group.rank(); r < ring_blocks; r += group.size()) {
       ring_free[r] = r;

@@ -11,7 +11,7 @@ __global__ void __launch_bounds__(kThreads) begin_kernel(gpu::RankState* ranks, 
   const BeginRank& mine = begin.rank[blockIdx.x];
   gpu::RankState& rank = ranks[blockIdx.x];
   Workspace workspace(mine.call, rank.layout, begin.machine, mine.workspace);
-  workspace.row_offset = mine.row_offset;
+  workspace.row_offset = mine.row_offset, workspace.sent = mine.sent;
   if (threadIdx.x == 0) rank.trace = mine.trace;
   gpu::begin_call(gpu::WholeBlock{}, rank, mine.call, workspace, {mine.ids, mine.ids_bytes, mine.ids_out});
 }

@@ -8,7 +8,8 @@ namespace flashmoe {
 struct BeginRank {
   Call call;
   std::byte* workspace;
-  uint32_t* row_offset;  // in place of the workspace's, so that a layer's counts outlive its call
+  uint32_t* row_offset;  // in place of the workspace's, so that a layer's counts outlive its call; …
+  uint64_t* sent;        // … so does this
   const void* ids;       // as they came
   int ids_bytes;         // 4 or 8
   int32_t* ids_out;      // as the protocol knows them: the call's topk_ids

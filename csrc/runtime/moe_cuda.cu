@@ -37,9 +37,9 @@ int checked_device(int device) {
 
 uint64_t nanoseconds(double seconds) { return uint64_t(std::min(seconds, 1e9) * 1e9); }
 
-// A layer's counts on the device: row_offset of the workspace.
+// A layer's counts on the device: of the workspace those that outlive a call.
 struct LayerCounts {
-  DeviceBuffer row_offset;
+  DeviceBuffer row_offset, sent;
   int num_local_experts = 0;
 };
 
@@ -128,7 +128,7 @@ class CudaTeam::Impl {
     failures_.raise_if_any();
   }
 
-  std::optional<std::vector<uint64_t>> tokens_per_expert(int layer, int rank) {
+  std::optional<GroupStats> stats(int layer, int rank) {
     const std::lock_guard lock(order_.mutex);
     const auto known = counts_.find({layer, rank});
     if (known == counts_.end()) return std::nullopt;
@@ -137,7 +137,12 @@ class CudaTeam::Impl {
     const size_t experts = known->second.num_local_experts;
     const std::vector<uint32_t> rows = memory_.read<uint32_t>(
         known->second.row_offset.data + sizeof(uint32_t) * ep_size_ * experts, experts);
-    return std::vector<uint64_t>(rows.begin(), rows.end());
+    const std::vector<uint64_t> sent = memory_.read<uint64_t>(known->second.sent.data, size_t(ep_size_) * kTrafficKinds);
+    GroupStats s;
+    s.tokens_per_expert.assign(rows.begin(), rows.end());
+    std::vector<uint64_t>* kinds[kTrafficKinds] = {&s.header, &s.rows, &s.results, &s.signals};
+    for (size_t i = 0; i < sent.size(); ++i) kinds[i % kTrafficKinds]->push_back(sent[i]);
+    return s;
   }
 
   void set_trace(uint32_t max_events) {
@@ -242,6 +247,7 @@ class CudaTeam::Impl {
     memory_.at_least(workspaces_[i], ids_bytes + Workspace(c, layout_, machine, nullptr).bytes);
     LayerCounts& counts = counts_[{a.layer, i}];
     memory_.at_least(counts.row_offset, sizeof(uint32_t) * (ep_size_ + 1) * local);
+    memory_.at_least(counts.sent, sizeof(uint64_t) * ep_size_ * kTrafficKinds);
     counts.num_local_experts = local;
 
     c.rank_begin = placement.device_rank_begin;
@@ -250,6 +256,7 @@ class CudaTeam::Impl {
     c.topk_ids = begin.ids_out;
     begin.workspace = workspaces_[i].data + ids_bytes;
     begin.row_offset = reinterpret_cast<uint32_t*>(counts.row_offset.data);
+    begin.sent = reinterpret_cast<uint64_t*>(counts.sent.data);
     begin.trace = trace_.of(i);
   }
 
@@ -279,9 +286,7 @@ void CudaTeam::forward(const std::vector<ForwardArgs>& ranks, void* stream, bool
   impl_->forward(ranks, static_cast<cudaStream_t>(stream), tf32);
 }
 void CudaTeam::check() { impl_->check(); }
-std::optional<std::vector<uint64_t>> CudaTeam::tokens_per_expert(int layer, int rank) {
-  return impl_->tokens_per_expert(layer, rank);
-}
+std::optional<GroupStats> CudaTeam::stats(int layer, int rank) { return impl_->stats(layer, rank); }
 void CudaTeam::set_trace(uint32_t max_events) { impl_->set_trace(max_events); }
 std::vector<std::vector<CudaTraceList>> CudaTeam::trace() { return impl_->trace(); }
 

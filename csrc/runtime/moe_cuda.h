@@ -64,9 +64,9 @@ class CudaTeam {
   // PeerError: anything else; every later call fails likewise.
   void check();
 
-  // Rows that each of the rank's experts computed in the last finished call of that layer, replays included; `rank` counts
-  // the ranks that are here. Waits for the GPU. None if the layer has not been called.
-  std::optional<std::vector<uint64_t>> tokens_per_expert(int layer, int rank);
+  // Of the last finished call of that layer, replays included; `rank` counts the ranks that are here. Waits for the GPU.
+  // None if the layer has not been called.
+  std::optional<GroupStats> stats(int layer, int rank);
 
   // From the next call on each rank's blocks note what they do: at most so many events of each list. 0: no longer. A call
   // that is captured cannot be traced; a graph captured before replays without notes.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "engine/exact.h"
+#include "expected_bytes.h"
 #include "gpu/simt.h"
 #include "kernel/begin_call.h"
 #include "kernel/worker.h"
@@ -31,6 +32,7 @@ struct SimtOutcome {
   std::vector<std::vector<std::vector<float>>> y;    // [call][rank]
   std::vector<Status> status;                        // by rank, of the call that failed
   std::vector<SimtTrace> traces;                     // by rank, of the last call, if asked for
+  std::vector<std::vector<uint64_t>> sent;           // by rank, of the last call: the workspace's
   bool ok() const {
     for (const Status& s : status)
       if (s.failure) return false;
@@ -181,6 +183,8 @@ class SimtTeam {
     }
     for (const gpu::RankState& rank : ranks_) o.status.push_back(rank.failure);
     for (int r = 0; r < options_.ep_size; ++r) o.traces.push_back(trace_of(r));
+    for (const auto& rank : calls_.back())
+      o.sent.emplace_back(rank->workspace->sent, rank->workspace->sent + options_.ep_size * kTrafficKinds);
     return o;
   }
 
@@ -219,6 +223,13 @@ inline std::string trouble_of(const SimtOutcome& o, const Program& program, std:
       if (!(error <= 1))
         return "call " + std::to_string(c) + ", rank " + std::to_string(r) + ": error is " + std::to_string(error) + " times the tolerance";
     }
+  for (size_t r = 0; r < o.sent.size(); ++r) {
+    Bytes got, want = expected(program.back(), int(r));
+    std::vector<uint64_t>* kinds[kTrafficKinds] = {&got.header, &got.rows, &got.results, &got.signals};
+    for (size_t i = 0; i < o.sent[r].size(); ++i) kinds[i % kTrafficKinds]->push_back(o.sent[r][i]);
+    want.tokens_per_expert.clear();
+    if (!(got == want)) return "rank " + std::to_string(r) + " counted " + text(got) + "and should have sent " + text(want);
+  }
   return {};
 }
 

@@ -1,7 +1,6 @@
 // What the transport counted against what the routing says must travel: each row once per destination, each result
 // once, headers without padding, one signal per header, chunk and run, and nothing else.
-#include <set>
-
+#include "expected_bytes.h"
 #include "team.h"
 
 namespace {
@@ -9,66 +8,9 @@ namespace {
 using namespace flashmoe;
 using namespace flashmoe::test;
 
-struct Bytes {
-  std::vector<uint64_t> header, rows, results, signals;  // by destination
-  std::vector<uint64_t> tokens_per_expert;
-  bool operator==(const Bytes&) const = default;
-};
-
-// From the routing alone. `dedup` false: as if a row travelled once per expert.
-Bytes expected(const CallOfAll& call, int rank, bool dedup = true) {
-  const Layer& l = *call.layer;
-  const int ep_size = int(call.tokens.size());
-  const ExpertMap owner = call.map ? *call.map : equal_blocks(l.num_experts, ep_size);
-  const uint64_t row = uint64_t(l.hidden_size) * dtype_bytes(l.dtype);
-  // rows[source][expert], in the order of which a source's rows stand in the expert's list
-  std::vector<std::vector<uint64_t>> rows(ep_size, std::vector<uint64_t>(l.num_experts, 0));
-  for (int s = 0; s < ep_size; ++s)
-    for (int64_t id : call.tokens[s].ids)
-      if (id >= 0 && id < l.num_experts) ++rows[s][id];
-
-  Bytes b{std::vector<uint64_t>(ep_size), std::vector<uint64_t>(ep_size), std::vector<uint64_t>(ep_size), std::vector<uint64_t>(ep_size), {}};
-  for (int e = 0; e < l.num_experts; ++e) {
-    if (owner[e] != rank) continue;
-    uint64_t all = 0;
-    for (int i = 0; i < ep_size; ++i) {
-      const int s = (rank + i) % ep_size;
-      // A run ends where a row block of 128 does.
-      for (uint64_t r = all; s != rank && r < all + rows[s][e]; ++r) b.signals[s] += r == all || r % 128 == 0 ? 8 : 0;
-      if (s != rank) b.results[s] += rows[s][e] * row;
-      all += rows[s][e];
-    }
-    b.tokens_per_expert.push_back(all);
-  }
-  for (int d = 0; d < ep_size; ++d) {
-    if (d == rank) continue;
-    uint64_t entries = 0, local = 0;
-    for (int e = 0; e < l.num_experts; ++e)
-      if (owner[e] == d) entries += rows[rank][e], ++local;
-    std::set<int> tokens;
-    const Tokens& t = call.tokens[rank];
-    for (size_t pair = 0; pair < t.ids.size(); ++pair)
-      if (t.ids[pair] >= 0 && t.ids[pair] < l.num_experts && owner[t.ids[pair]] == d) tokens.insert(int(pair) / l.top_k);
-    const uint64_t slots = dedup ? tokens.size() : entries;
-    b.header[d] = entries ? 40 + 4 * (local + 1 + entries) : 0;
-    b.rows[d] = slots * row;
-    b.signals[d] += 8 + 8 * ((slots + 63) / 64);
-  }
-  return b;
-}
-
 Bytes counted(const Group& group) {
   const GroupStats s = group.stats();
   return {s.header, s.rows, s.results, s.signals, s.tokens_per_expert};
-}
-
-std::string text(const Bytes& b) {
-  std::string s;
-  for (const auto* v : {&b.header, &b.rows, &b.results, &b.signals, &b.tokens_per_expert}) {
-    for (uint64_t n : *v) s += std::to_string(n) + " ";
-    s += "| ";
-  }
-  return s;
 }
 
 void byte_counts_match_plan() {
