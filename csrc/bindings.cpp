@@ -3,12 +3,12 @@
 #include <pybind11/stl.h>
 
 #include "bindings_nvshmem.h"
+#include "bindings_select.h"
 #include "bindings_ucx.h"
 #include "engine/cpu.h"
 #include "platform/host_network.h"
 #include "platform/shared_segment.h"
 #include "runtime/moe.h"
-#include "runtime/select.h"
 #ifdef FLASHMOE_WITH_CUDA
 #include "runtime/moe_cuda.h"
 #endif
@@ -88,24 +88,6 @@ void forward(Group& group, Args... args) {
 template <class... Args>
 auto forward_taking(ForwardArgs (*)(Args...)) {
   return &forward<Args...>;
-}
-
-// device: a GPU's number, or -1 for the CPU, which has no streams.
-void select_experts(uintptr_t scores, uintptr_t bias, int num_tokens, int num_experts, int top_k, int num_groups,
-                    int open_groups, int best_of_group, bool in_each_group, bool softmax, bool renormalize,
-                    float epsilon, float scale, uintptr_t ids, uintptr_t weights, int device,
-                    [[maybe_unused]] uintptr_t stream) {
-  const Selection selection{num_experts, top_k, num_groups, open_groups, best_of_group, in_each_group, softmax,
-                            renormalize, epsilon, scale};
-  const SelectCall call{selection, num_tokens, address<float>(scores), address<float>(bias),
-                        reinterpret_cast<int64_t*>(ids), reinterpret_cast<float*>(weights)};
-  const py::gil_scoped_release release;
-  if (device < 0) return select_on_host(call);
-#ifdef FLASHMOE_WITH_CUDA
-  select_on_gpu(call, device, reinterpret_cast<void*>(stream));
-#else
-  throw std::runtime_error("this build of flashmoe has no CUDA half");
-#endif
 }
 
 py::dict dict_of(const GroupStats& s) {
@@ -219,7 +201,7 @@ PYBIND11_MODULE(_C, m) {
       "read_memory", [](uintptr_t memory, size_t bytes, int workers) { return read_memory(address(memory), bytes, workers); },
       py::arg("address"), py::arg("bytes"), py::arg("num_workers"), py::call_guard<py::gil_scoped_release>());
   m.def("available_memory", &available_memory_bytes);
-  m.def("select_experts", &select_experts);
+  bind_select(m);
   bind_nvshmem(m);
 
   py::class_<SharedSegment, std::shared_ptr<SharedSegment>>(m, "Segment")

@@ -138,8 +138,7 @@ class CudaTeam::Impl {
     const std::vector<uint32_t> rows = memory_.read<uint32_t>(
         known->second.row_offset.data + sizeof(uint32_t) * ep_size_ * experts, experts);
     const std::vector<uint64_t> sent = memory_.read<uint64_t>(known->second.sent.data, size_t(ep_size_) * kTrafficKinds);
-    GroupStats s;
-    s.tokens_per_expert.assign(rows.begin(), rows.end());
+    GroupStats s{{rows.begin(), rows.end()}, {}, {}, {}, {}};
     std::vector<uint64_t>* kinds[kTrafficKinds] = {&s.header, &s.rows, &s.results, &s.signals};
     for (size_t i = 0; i < sent.size(); ++i) kinds[i % kTrafficKinds]->push_back(sent[i]);
     return s;
