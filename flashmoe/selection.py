@@ -19,9 +19,9 @@ class Selection(NamedTuple):
     open_groups    the best so many groups have a part
     best_of_group  1 or 2: a group is worth the sum of its so many best experts
     in_each_group  top_k / num_groups experts in each group, in place of top_k among all
-    softmax        weights are the softmax over the chosen scores; else the scores themselves,
-    renormalize    divided by their sum and epsilon,
-    scale          and multiplied by this
+    softmax        weights are the softmax over the chosen scores; else these scores themselves,
+    renormalize    divided by their sum and epsilon
+    scale          all weights are multiplied by this
     """
 
     top_k: int
@@ -43,7 +43,9 @@ def select_experts(scores: Tensor, selection: Selection, bias: Tensor | None = N
 
     Raises:
         RuntimeError: scores of a GPU, and this build has no CUDA half.
-        ValueError: on a GPU, if E and num_groups together are above 6144.
+        TypeError: scores are not float32.
+        ValueError: scores are not of shape (T, E), the selection asks for more than E experts or for other groups than
+            E can have, bias does not fit the scores; on a GPU also if E and num_groups together are above 6144.
     """
     differentiable = torch.is_grad_enabled() and scores.requires_grad
     arguments = scores.detach() if differentiable else scores, bias, *selection
@@ -57,8 +59,8 @@ def select_experts(scores: Tensor, selection: Selection, bias: Tensor | None = N
 
 def _weigh(chosen: Tensor, selection: Selection) -> Tensor:
     if selection.softmax:
-        return chosen.softmax(dim=-1)
-    if selection.renormalize:
+        chosen = chosen.softmax(dim=-1)
+    elif selection.renormalize:
         chosen = chosen / (chosen.sum(-1, keepdim=True) + selection.epsilon)
     return chosen * selection.scale
 
@@ -66,7 +68,36 @@ def _weigh(chosen: Tensor, selection: Selection) -> Tensor:
 # --- the operator ---------------------------------------------------------------------------------------------
 
 
+def _check(scores, bias, top_k, num_groups, open_groups, best_of_group, in_each_group) -> None:
+    if scores.dtype != torch.float32:
+        raise TypeError(f"scores must be torch.float32, got {scores.dtype}")
+    if scores.ndim != 2:
+        raise ValueError(f"scores must have shape (T, E), got {tuple(scores.shape)}")
+    num_experts = scores.shape[1]
+    if num_groups < 1 or num_experts % num_groups:
+        raise ValueError(f"num_groups must divide the number of experts {num_experts}, got {num_groups}")
+    if not 1 <= open_groups <= num_groups:
+        raise ValueError(f"open_groups must be in [1, num_groups = {num_groups}], got {open_groups}")
+    if best_of_group not in (1, 2):
+        raise ValueError(f"best_of_group must be 1 or 2, got {best_of_group}")
+    if in_each_group and (open_groups != num_groups or top_k % num_groups):
+        raise ValueError(
+            f"with in_each_group all groups must be open and top_k must be a multiple of num_groups = {num_groups}, got "
+            f"open_groups = {open_groups} and top_k = {top_k}"
+        )
+    if not 1 <= top_k <= num_experts // num_groups * open_groups:
+        raise ValueError(
+            f"top_k must be in [1, {num_experts // num_groups * open_groups}], the experts of {open_groups} groups, "
+            f"got {top_k}"
+        )
+    if bias is not None and (bias.shape != (num_experts,) or bias.device != scores.device):
+        raise ValueError(
+            f"bias must have shape ({num_experts},) on {scores.device}, got {tuple(bias.shape)} on {bias.device}"
+        )
+
+
 def _select(scores, bias, top_k, *options):
+    _check(scores, bias, top_k, *options[:4])
     scores, bias = scores.contiguous(), None if bias is None else bias.float().contiguous()
     ids, weights = _fake(scores, bias, top_k)
     device, stream = -1, 0

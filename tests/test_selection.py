@@ -33,7 +33,7 @@ def selected(scores: torch.Tensor, selection: Selection, bias: torch.Tensor | No
 def weighed(scores: torch.Tensor, ids: torch.Tensor, selection: Selection) -> torch.Tensor:
     chosen = scores.double().gather(-1, ids)
     if selection.softmax:
-        return chosen.softmax(-1)
+        return chosen.softmax(-1) * selection.scale
     divisor = chosen.sum(-1, keepdim=True) + selection.epsilon if selection.renormalize else 1.0
     return chosen / divisor * selection.scale
 
@@ -43,6 +43,7 @@ SELECTIONS = {
     "renormalized": Selection(4, renormalize=True),
     "all": Selection(48, renormalize=True),
     "softmax": Selection(8, softmax=True),
+    "softmax, scaled": Selection(5, softmax=True, scale=1.5),
     "scaled": Selection(3, renormalize=True, epsilon=1e-20, scale=2.5),
     "groups": Selection(4, num_groups=8, open_groups=3, best_of_group=2, scale=0.5),
     "groups by their best": Selection(6, num_groups=6, open_groups=1),
@@ -93,6 +94,27 @@ def test_gradients_are_those_of_the_equations(selection):
     (wanted,) = torch.autograd.grad(weighed(exact, ids, selection), exact, upstream.double())
     torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-6)
 
+
+
+@pytest.mark.parametrize(
+    ("scores", "selection", "bias", "error", "message"),
+    [
+        (torch.rand(3, 8).double(), Selection(2), None, TypeError, "scores must be torch.float32, got torch.float64"),
+        (torch.rand(8), Selection(2), None, ValueError, r"scores must have shape \(T, E\), got \(8,\)"),
+        (torch.rand(3, 8), Selection(0), None, ValueError, r"top_k must be in \[1, 8\].*got 0"),
+        (torch.rand(3, 8), Selection(9), None, ValueError, r"top_k must be in \[1, 8\].*got 9"),
+        (torch.rand(3, 8), Selection(5, num_groups=4, open_groups=2), None, ValueError, r"in \[1, 4\], .*2 groups, got 5"),
+        (torch.rand(3, 8), Selection(2, num_groups=3), None, ValueError, "num_groups must divide .* 8, got 3"),
+        (torch.rand(3, 8), Selection(2, num_groups=4, open_groups=5), None, ValueError, r"open_groups .*= 4\], got 5"),
+        (torch.rand(3, 8), Selection(2, best_of_group=3), None, ValueError, "best_of_group must be 1 or 2, got 3"),
+        (torch.rand(3, 8), Selection(3, 2, 2, in_each_group=True), None, ValueError, "multiple of num_groups = 2.*top_k = 3"),
+        (torch.rand(3, 8), Selection(2, 2, 1, in_each_group=True), None, ValueError, "all groups must be open.*open_groups = 1"),
+        (torch.rand(3, 8), Selection(2), torch.rand(7), ValueError, r"bias must have shape \(8,\) on cpu, got \(7,\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused(scores, selection, bias, error, message):
+    with pytest.raises(error, match=message):
+        select_experts(scores, selection, bias)
 
 
 def test_any_strides_and_no_tokens():
