@@ -1,16 +1,16 @@
 # The torch-free, Python-free core: runtime, host platform and CPU engine.
 
 file(GLOB core_sources CONFIGURE_DEPENDS csrc/runtime/*.cpp csrc/platform/*.cpp csrc/engine/*.cpp)
-list(FILTER core_sources EXCLUDE REGEX "/(cpu_kernels|nvshmem_adaptor)\\.cpp$")
+list(FILTER core_sources EXCLUDE REGEX "/(cpu_kernels|cpu_backward_kernels|nvshmem_adaptor)\\.cpp$")
 if(NOT FLASHMOE_WITH_UCX)
   list(FILTER core_sources EXCLUDE REGEX "/ucx_[a-z_]*\\.cpp$")
 endif()
 add_library(flashmoe_core OBJECT ${core_sources})
 flashmoe_use_ucx(flashmoe_core)
 
-# cpu_kernels.cpp is compiled once per instruction set, as its first lines say.
+# These are compiled once per instruction set, as cpu_kernels.cpp's first lines say.
 function(flashmoe_add_kernels isa lanes)
-  add_library(flashmoe_kernels_${isa} OBJECT csrc/engine/cpu_kernels.cpp)
+  add_library(flashmoe_kernels_${isa} OBJECT csrc/engine/cpu_kernels.cpp csrc/engine/cpu_backward_kernels.cpp)
   target_compile_definitions(flashmoe_kernels_${isa} PRIVATE FLASHMOE_ISA=${isa} FLASHMOE_LANES=${lanes})
   # GCC 12 warns about the undefined operands in its own intrinsics' headers.
   target_compile_options(flashmoe_kernels_${isa} PRIVATE

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings_memory.h"
 #include "bindings_nvshmem.h"
 #include "bindings_select.h"
 #include "bindings_ucx.h"
@@ -88,6 +89,22 @@ void forward(Group& group, Args... args) {
 template <class... Args>
 auto forward_taking(ForwardArgs (*)(Args...)) {
   return &forward<Args...>;
+}
+
+// Before those the gradient of y, and where its own go: a null address is a gradient that is not asked for.
+template <class... Args>
+void backward(Group& group, uintptr_t grad_y, uintptr_t grad_topk_weights, uintptr_t grad_gate_up_proj,
+              uintptr_t grad_gate_up_bias, uintptr_t grad_down_proj, uintptr_t grad_down_bias, Args... args) {
+  const auto out = [](uintptr_t a) { return reinterpret_cast<std::byte*>(a); };
+  const Gradients grad{address<std::byte>(grad_y), reinterpret_cast<float*>(grad_topk_weights), out(grad_gate_up_proj),
+                       out(grad_gate_up_bias), out(grad_down_proj), out(grad_down_bias)};
+  const ForwardArgs call = forward_args(args...);
+  py::gil_scoped_release release;
+  group.backward(call, grad);
+}
+template <class... Args>
+auto backward_taking(ForwardArgs (*)(Args...)) {
+  return &backward<Args...>;
 }
 
 py::dict dict_of(const GroupStats& s) {
@@ -204,32 +221,7 @@ PYBIND11_MODULE(_C, m) {
   bind_select(m);
   bind_nvshmem(m);
 
-  py::class_<SharedSegment, std::shared_ptr<SharedSegment>>(m, "Segment")
-      .def_static("create", &SharedSegment::create, py::arg("bytes"))
-      .def_static("attach", &SharedSegment::attach, py::arg("fd"), py::arg("bytes"))
-      .def("leak", &SharedSegment::leak)
-      .def_property_readonly("fd", &SharedSegment::fd)
-      .def_property_readonly("bytes", &SharedSegment::bytes);
-
-  py::class_<Limits>(m, "Limits")
-      .def(py::init([](int ep_size, int max_tokens, int max_wire_bytes, int max_top_k, int max_experts) {
-             if (ep_size < 1 || max_tokens < 0 || max_wire_bytes < 1 || max_top_k < 1 || max_experts < 1)
-               throw std::invalid_argument("Limits must be positive");
-             const double rows = double(ep_size) * max_tokens * max_top_k;  // that one rank may have to serve
-             if (rows > double(1u << 31))
-               throw std::invalid_argument("ranks times max_tokens times max_top_k must be at most 2^31, got " +
-                                           std::to_string(uint64_t(rows)));
-             return Limits{ep_size, max_tokens, max_wire_bytes, max_top_k, max_experts};
-           }),
-           py::arg("ep_size"), py::arg("max_tokens"), py::arg("max_wire_bytes"), py::arg("max_top_k"),
-           py::arg("max_experts"))
-      .def_readonly("ep_size", &Limits::ep_size)
-      .def_readonly("max_tokens", &Limits::max_tokens)
-      .def_readonly("max_wire_bytes", &Limits::max_wire_bytes)
-      .def_readonly("max_top_k", &Limits::max_top_k)
-      .def_readonly("max_experts", &Limits::max_experts)
-      .def_property_readonly("heap_bytes", [](const Limits& l) { return HeapLayout(l).bytes; });
-
+  bind_memory(m);
   py::class_<HostNetwork, std::shared_ptr<HostNetwork>>(m, "Network");
 #ifdef FLASHMOE_WITH_UCX
   bind_ucx(m);
@@ -240,6 +232,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("offsets"), py::arg("pids"), py::arg("global_ranks"), py::arg("network") = nullptr,
            py::arg("remote_only_seed") = py::none(), py::arg("timeout_s") = 60.0, py::arg("entry_timeout_s") = 600.0, py::arg("num_workers") = 1)
       .def("forward", forward_taking(&forward_args))
+      .def("backward", backward_taking(&forward_args))
       .def("stats", [](const Group& group) { return dict_of(group.stats()); })
       .def("set_trace", &Group::set_trace, py::arg("max_events"), py::call_guard<py::gil_scoped_release>())
       .def("trace", &trace)

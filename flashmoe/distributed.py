@@ -42,6 +42,7 @@ def init(
     entry_timeout_s: float | None = None,
     remote_only: int | None = None,
     transport: str | None = None,
+    backward: bool | None = None,
     num_workers: int | None = None,
     device: torch.device | str | None = None,
 ) -> None:
@@ -51,8 +52,9 @@ def init(
     yet, this does it (backend gloo) from the environment that torchrun sets; then ``finalize()`` also undoes it.
 
     The memory is resident from here on. One rank of a world of W ranks allocates about
-    ``max_groups · max_tokens · (W − 1 + max_top_k) · max_wire_bytes`` bytes: with the defaults 144 MiB for W = 2 and
-    240 MiB for W = 8, which serves a hidden size of 2048 in float32 or 4096 in bfloat16. Each rank maps all of it.
+    ``max_groups · max_tokens · (2 (W − 1) + max_top_k) · max_wire_bytes`` bytes, without ``backward`` only once W − 1:
+    with the defaults 160 MiB (144) for W = 2 and 352 MiB (240) for W = 8, which serves a hidden size of 2048 in float32
+    or 4096 in bfloat16. Each rank maps all of it.
 
     An argument left out keeps its value if this was called before, else takes its default. Calling again is cheap
     and changes nothing, with two exceptions. After a failure (PeerError on some rank) it makes a new arena and new
@@ -72,8 +74,8 @@ def init(
             (default: FLASHMOE_REMOTE_ONLY, else off). A rehearsal for tests, not for use.
         transport: "shm": memory that all ranks map, on one host; "ucx": the network alone, also within a host
             (default: FLASHMOE_TRANSPORT, else memory within a host and the network between hosts).
-        num_workers: threads that compute on this rank; may differ between ranks
-            (default: FLASHMOE_NUM_WORKERS, else this rank's share of the usable cores).
+        backward: whether calls may be differentiated (default True, but on GPUs, which have no backward pass).
+        num_workers: threads that compute, ranks may differ (default: FLASHMOE_NUM_WORKERS, else its share of the cores).
         device: what this rank is, and where its calls' tensors lie: "cpu" or "cuda", the same on all ranks (default:
             torch's default device, the CPU unless the program has set another). "cuda:2" names the GPU, "cuda" is the
             current one if set_device() chose another than the first, else that which LOCAL_RANK counts off. It is
@@ -96,6 +98,7 @@ def init(
         "entry_timeout_s": entry_timeout_s,
         "remote_only": remote_only,
         "transport": transport,
+        "backward": backward,
     }
     changes = {name: value for name, value in given.items() if value is not None}
 
@@ -106,12 +109,7 @@ def init(
 
 
 def reserve(
-    *,
-    max_tokens: int = 1,
-    max_wire_bytes: int = 1,
-    max_top_k: int = 1,
-    max_experts: int = 1,
-    max_groups: int = 1,
+    *, max_tokens: int = 1, max_wire_bytes: int = 1, max_top_k: int = 1, max_experts: int = 1, max_groups: int = 1
 ) -> None:
     """Grow the arena until it holds at least this; collective, while no rank is in a call of a group.
 

@@ -130,12 +130,12 @@ def scaling(records: list[Record], pyplot: Any) -> Any:
 
 
 def memory(records: list[Record], pyplot: Any) -> Any:
-    """Symmetric memory that init() allocates, for the published widths in bf16."""
+    """Symmetric memory that init() allocates on GPUs, for the published widths in bf16."""
     figure, axes = pyplot.subplots(figsize=(6, 3.4))
     for shape in SHAPES.values():
         settings = Settings(
             max_tokens=_MEMORY_TOKENS, max_wire_bytes=2 * shape.hidden_size, max_top_k=shape.top_k,
-            max_experts=shape.num_experts, max_groups=1,
+            max_experts=shape.num_experts, max_groups=1, device="cuda",
         )  # fmt: skip
         gib = [settings.arena_bytes(ranks) / 2**30 for ranks in _MEMORY_RANKS]
         axes.plot(_MEMORY_RANKS, gib, "-", ms=4, **look_of_model(shape.name), label=f"{shape.name} (k = {shape.top_k})")

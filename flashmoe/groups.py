@@ -93,18 +93,20 @@ _last_layer: dict[str | None, int] = {}
 _kept_stats: dict[tuple[str | None, int], dict] = {}
 
 
-def forward(name: str | None, group: _C.Group, layer: int, *arguments) -> None:
-    """One call, as _C.Group.forward takes it. None: the local group."""
+def call(kind: str, name: str | None, group: _C.Group, layer: int, *arguments) -> None:
+    """One call of that kind, "forward" or "backward", as _C.Group's method takes it. None: the local group."""
     last = _last_layer.get(name, layer)
     if last != layer and last != 0:
         _kept_stats[name, last] = group.stats()
-    group.forward(*arguments)
+    getattr(group, kind)(*arguments)
     _last_layer[name] = layer
     cuda_teams.device_of_layer.pop((name, layer), None)
 
 
-def call_on(name: str, group: _C.Group | CudaGroup, x: torch.Tensor) -> Callable[..., None]:
-    """What makes a call of the group where x lies: takes the layer, then the arguments of ``_C.Group.forward``.
+def call_on(name: str, group: _C.Group | CudaGroup, x: torch.Tensor, kind: str = "forward") -> Callable[..., None]:
+    """What makes a call of the group where x lies: takes the layer, then the arguments of ``_C.Group``'s method.
+
+    Only the CPU has calls of the kind "backward".
 
     Raises:
         ValueError: the group's ranks are not there.
@@ -114,7 +116,7 @@ def call_on(name: str, group: _C.Group | CudaGroup, x: torch.Tensor) -> Callable
             raise ValueError(f"x must be on {group.device}, where this rank of group {group.name!r} is, got {x.device}")
         return functools.partial(group.forward, x.dtype)
     if not x.is_cuda:
-        return functools.partial(forward, name, group)
+        return functools.partial(call, kind, name, group)
     if group.ep_size > 1:
         raise ValueError(
             f"x must be on the CPU, as the ranks of group {group.name!r} are (flashmoe.distributed.init(device='cuda') "

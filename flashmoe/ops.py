@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from . import cuda_teams, groups
-from .arguments import ACTIVATION_CODES, DTYPE_CODES, check, raise_not_a_tensor
+from .arguments import check, raise_not_a_tensor
+from .backward import Differentiable
+from .core_arguments import core_arguments
 from .operators import define, register_effectful
 
 __all__ = ["fused_moe"]
@@ -55,7 +57,9 @@ def fused_moe(
     layer         a number that names the call, equal on all ranks: ranks that call different layers in one
                   step get an error
 
-    Returns y [..., H] of x's dtype, contiguous. The forward pass only: a backward pass raises RuntimeError.
+    Returns y [..., H] of x's dtype, contiguous. On the CPU it can be differentiated (flashmoe/backward.py), with respect
+    to x, topk_weights and the experts' weights and biases; with a group each rank that takes part in the backward pass
+    of this call waits for all others there. On a GPU a backward pass raises RuntimeError.
     Raises TypeError for a wrong type or dtype, ValueError for a wrong shape, device, stride, id, or a call above
     the group's limits (nothing is sent then), flashmoe.PeerError when a peer is late, gone, or calls another
     layer.
@@ -81,7 +85,7 @@ def fused_moe(
     if torch.compiler.is_compiling():
         return op(*args)
     if torch.is_grad_enabled() and _requires_grad(args):
-        return _Forward.apply(op, *args)
+        return Differentiable.apply(op, *args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 
@@ -89,30 +93,12 @@ def fused_moe(
 # --- the operators --------------------------------------------------------------------------------------------
 
 
-# The bias of a rank without experts has no address, but is not absent: all ranks must name the same layer.
-_NO_ROWS = torch.zeros(1, device="cpu")
-
-
-def _forward(
-    call, ep_size, x, topk_ids, topk_weights, gate_up_proj, down_proj, gate_up_bias, down_bias, expert_map,
-    activation, gated, layer,
-):  # fmt: skip
-    # On a GPU what is made here may be freed when the call is queued: its memory goes to later work of this stream.
-    x, topk_ids, topk_weights = x.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
-    if topk_weights.dtype != torch.float32:
-        topk_weights = topk_weights.to(torch.float32)
+def _forward(call, ep_size, x, *args):
+    x = x.contiguous()
     y = torch.empty_like(x)
-    num_tokens, top_k = topk_ids.shape
-    num_local, hidden, intermediate = down_proj.shape
-    call(
-        layer,
-        x.data_ptr(), num_tokens, topk_ids.data_ptr(), topk_ids.element_size(), topk_weights.data_ptr(), top_k,
-        gate_up_proj.data_ptr(), 0 if gate_up_bias is None else gate_up_bias.data_ptr() or _NO_ROWS.data_ptr(),
-        down_proj.data_ptr(), 0 if down_bias is None else down_bias.data_ptr() or _NO_ROWS.data_ptr(), y.data_ptr(),
-        hidden, intermediate, num_local * ep_size if expert_map is None else expert_map.shape[0], num_local,
-        DTYPE_CODES[x.dtype], ACTIVATION_CODES[activation], gated,
-        0 if expert_map is None else expert_map.data_ptr(), layer,
-    )  # fmt: skip
+    arguments, kept = core_arguments(ep_size, y, x, *args)
+    call(args[-1], *arguments)
+    del kept
     return y
 
 
@@ -122,7 +108,7 @@ def _moe_local(*args):
     if x.is_cuda:
         return _forward(functools.partial(cuda_teams.forward, None, x.device.index, x.dtype), 1, *args)
     with groups.local.lock:
-        return _forward(functools.partial(groups.forward, None, groups.local.acquire()), 1, *args)
+        return _forward(functools.partial(groups.call, "forward", None, groups.local.acquire()), 1, *args)
 
 
 def _moe_ep(*args):
@@ -137,29 +123,11 @@ def _moe_fake(*args):
     return torch.empty_like(args[0], memory_format=torch.contiguous_format)
 
 
-def _moe_backward(grad_y, like):
-    raise RuntimeError(
-        "flashmoe: the backward pass of fused_moe is not implemented; call it under torch.no_grad(), or detach "
-        "its inputs"
-    )
-
-
-class _Forward(torch.autograd.Function):
-    """Lets the forward pass run on tensors that require a gradient, and says clearly that there is no backward."""
-
-    @staticmethod
-    def forward(ctx, op, *args):
-        ctx.save_for_backward(*args[:7])
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        # Through an operator, so that tracing a backward graph succeeds and running it raises.
-        needed = ctx.needs_input_grad[1:]
-        pairs = zip(ctx.saved_tensors, needed[:7], strict=True)
-        grads = [_MOE_BACKWARD(grad_y, tensor) if need else None for tensor, need in pairs]
-        return None, *grads, *[None] * (len(needed) - len(grads))
+def _autograd(op, *args):
+    if torch.is_grad_enabled() and _requires_grad(args):
+        return Differentiable.apply(op, *args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
 
 
 def _requires_grad(args) -> bool:
@@ -169,20 +137,10 @@ def _requires_grad(args) -> bool:
     return False
 
 
-def _autograd(op, *args):
-    if torch.is_grad_enabled() and _requires_grad(args):
-        return _Forward.apply(op, *args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
-
-
 _MOE_SCHEMA = (
     "(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor gate_up_proj, Tensor down_proj, Tensor? gate_up_bias, "
     "Tensor? down_bias, Tensor? expert_map, str activation, bool gated, int layer{}) -> Tensor"
 )
 _MOE_LOCAL = define("moe_local", _MOE_SCHEMA.format(""), _moe_local, _moe_fake, _autograd)
 _MOE_EP = define("moe_ep", _MOE_SCHEMA.format(", str group"), _moe_ep, _moe_fake, _autograd)
-_MOE_BACKWARD = define(
-    "moe_backward", "(Tensor grad_y, Tensor like) -> Tensor", _moe_backward, lambda _, like: torch.empty_like(like)
-)
 register_effectful(_MOE_EP)

@@ -45,7 +45,7 @@ def measure(options: RunOptions) -> dict[str, Any] | None:
     sizes = arena_sizes(options, options.shape)
     how = {"num_workers": options.threads, "device": options.device, "remote_only": options.remote_only}
     if not in_a_world():
-        return launch(run_rank, options.ranks, options, init_kwargs=sizes | how)[0]
+        return launch(run_rank, options.ranks, options, init_kwargs=sizes | how | {"backward": options.backward})[0]
     # What an earlier configuration made may be too small, and its groups are in use.
     if distributed.is_initialized():
         distributed.reserve(**sizes)

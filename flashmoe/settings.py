@@ -36,10 +36,17 @@ class Settings:
     entry_timeout_s: float = 600.0
     remote_only: int | None = None
     transport: str | None = None
+    backward: bool = True
     device: str = "cpu"  # what ranks are: "cpu" or "cuda"
 
+    @property
+    def serves_backward(self) -> bool:
+        return self.backward and self.device == "cpu"  # GPUs have no backward calls
+
     def limits(self, ep_size: int) -> Limits:
-        return Limits(ep_size, self.max_tokens, self.max_wire_bytes, self.max_top_k, self.max_experts)
+        return Limits(
+            ep_size, self.max_tokens, self.max_wire_bytes, self.max_top_k, self.max_experts, self.serves_backward
+        )
 
     def arena_bytes(self, world_size: int) -> int:
         """Of one rank's segment.
@@ -47,7 +54,7 @@ class Settings:
         Raises:
             RuntimeError: more than a process can address.
         """
-        rows = self.max_tokens * (world_size - 1 + self.max_top_k)
+        rows = self.max_tokens * ((1 + self.serves_backward) * (world_size - 1) + self.max_top_k)
         if self.max_groups * rows * self.max_wire_bytes >= _ADDRESSABLE_BYTES:
             gib = self.max_groups * rows * self.max_wire_bytes / 2**30
             raise RuntimeError(f"symmetric heap: {gib:.1f} GiB per rank asked, more than a process can address")
@@ -68,6 +75,8 @@ class Settings:
             value = getattr(settings, name)
             if type(value) is not int or not 1 <= value < 2**31:
                 raise ValueError(f"{name} must be an integer from 1 to 2^31 - 1, got {value!r}")
+        if type(settings.backward) is not bool:
+            raise ValueError(f"backward must be True or False, got {settings.backward!r}")
         for name in _SECONDS:
             value = getattr(settings, name)
             if type(value) not in (int, float) or not 0 < value <= _LONGEST_S:

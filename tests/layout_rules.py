@@ -12,12 +12,12 @@ from layout_sources import code_only, core, includes
 ROLES = ("dispatcher", "subscriber", "scheduler", "processor")
 # Lower levels never include higher ones. Protocol headers that are not named here stand between 1 and 3.
 PROTOCOL_LEVELS = {"config": 0, "group": 0, "platform": 0, "packet": 1, "task": 1, "signal": 1, "heap_layout": 1, "work": 1}
-PROTOCOL_LEVELS |= {"agent": 4, "crew": 4, "moe_kernel": 5}
+PROTOCOL_LEVELS |= {"agent": 4, "crew": 4, "backward_crew": 4, "moe_kernel": 5}
 PROTOCOL_LEVELS |= dict.fromkeys(ROLES, 3)
 PLATFORMS = {"platform/host.h", "platform/cuda.h", "platform/nvshmem.h"}
 ENGINES = {"engine/cpu.h", "engine/exact.h", "engine/sm80.h", "engine/sm90.h"}
-# The contract that the roles are written against; every engine fulfils it.
-ENGINE_CONCEPT = "engine/tile_engine.h"
+# The contracts that the protocol is written against.
+ENGINE_CONCEPTS = ("engine/tile_engine.h", "engine/backward_engine.h")
 NVSHMEM_FILES = {
     "csrc/bindings.cpp", "csrc/gpu/nvshmem_verbs.cuh", "csrc/gpu/remote_verbs.h", "csrc/platform/nvshmem.h",
     "csrc/runtime/cuda_kernel.h", "csrc/runtime/cuda_kernel.cu", "csrc/runtime/cuda_ranks.h", "csrc/runtime/moe_cuda.h",
@@ -43,14 +43,14 @@ def level_of(name: str) -> int:
 
 
 def protocol_stands_alone(sources):
-    """The protocol includes its siblings, the engine concept and the standard library."""
+    """The protocol includes its siblings, the engines' concepts and the standard library."""
     standard_c = {"stddef.h", "stdint.h", "string.h"}
     for path, text in core(sources).items():
         if not path.startswith("csrc/protocol/"):
             continue
         for name, angle in includes(text):
             standard = angle and (re.fullmatch(r"[a-z_]+", name) or name in standard_c)
-            if not (standard or name == ENGINE_CONCEPT or "csrc/" + name in sources and name.startswith("protocol/")):
+            if not (standard or name in ENGINE_CONCEPTS or "csrc/" + name in sources and name.startswith("protocol/")):
                 yield f"{path} includes {name}"
 
 
@@ -156,7 +156,7 @@ PLANTED = {
             {"csrc/protocol/task.h": '#include "engine/cpu.h"', "csrc/engine/cpu.h": ""},
             {"csrc/protocol/task.h": '#include "protocol/gone.h"'},
         ],
-        {"csrc/protocol/task.h": STD + f'#include "{ENGINE_CONCEPT}"', "csrc/protocol/config.h": "// <unistd.h>"},
+        {"csrc/protocol/task.h": STD + f'#include "{ENGINE_CONCEPTS[1]}"', "csrc/protocol/config.h": "// <unistd.h>"},
     ),
     protocol_has_levels: (
         [

@@ -12,7 +12,7 @@ from layer_case import LayerCase, assert_same_bits
 from thread_ranks import make_team, on_ranks
 
 import flashmoe
-from flashmoe import MoE, Routing, groups, ops
+from flashmoe import MoE, Routing, backward, groups, ops
 
 H, I, E, K = 32, 24, 8, 2
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,28 +52,29 @@ def test_opcheck(kind, num_tokens, options, one_rank):
     assert set(results.values()) == {"SUCCESS"} and len(results) == 4
 
 
+@pytest.mark.parametrize("num_tokens, options", [(5, {}), (0, {}), (7, {"bias": True, "owners": True})], ids=str)
 @pytest.mark.parametrize("kind", ["local", "ep"])
-def test_opcheck_with_gradients_up_to_the_missing_backward(kind, one_rank):
+def test_opcheck_with_gradients(kind, num_tokens, options, one_rank):
     op, more = operator(kind, one_rank)
-    forward_checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    args = (*arguments(5, requires_grad=True), *more)
-    assert set(torch.library.opcheck(op, args, test_utils=forward_checks).values()) == {"SUCCESS"}
-    with pytest.raises(Exception, match="backward pass of fused_moe is not implemented"):
-        torch.library.opcheck(op, args, test_utils=("test_aot_dispatch_dynamic",))
+    args = (*arguments(num_tokens, requires_grad=True, **options), *more)
+    results = torch.library.opcheck(op, args)
+    assert set(results.values()) == {"SUCCESS"} and len(results) == 4
 
 
 @pytest.mark.parametrize("kind", ["local", "ep"])
-def test_backward_says_that_there_is_none(kind, one_rank):
+def test_operator_carries_gradients_as_the_function_does(kind, one_rank):
     op, more = operator(kind, one_rank)
     args = arguments(5, requires_grad=True)
+    leaves = [one for one in args[:5] if one.requires_grad]
     with torch.no_grad():
         expected = op(*args, *more)
     keywords = {"group": one_rank} if kind == "ep" else {}
+    gradients = []
     for y in (op(*args, *more), flashmoe.fused_moe(*args[:5], **keywords)):
-        assert y.requires_grad
         assert_same_bits(y.detach(), expected)
-        with pytest.raises(RuntimeError, match="flashmoe: the backward pass of fused_moe is not implemented"):
-            y.sum().backward()
+        gradients.append(torch.autograd.grad(y.sum(), leaves))
+    for one, other in zip(*gradients, strict=True):
+        assert_same_bits(one, other)
 
 
 def test_shapes_alone_on_the_meta_device():
@@ -108,12 +109,39 @@ def test_compiled_layer_with_changing_token_counts(kind, one_rank, fresh_compile
         torch.testing.assert_close(compiled(x), layer(x.tanh()) * 2)
 
 
-def test_compiled_layer_runs_forward_where_gradients_are_on(one_rank, fresh_compiler):
-    layer = MoE(H, I, E, K, group=one_rank)
-    y = torch.compile(layer, fullgraph=True, backend="aot_eager")(torch.randn(5, H))
-    assert y.requires_grad
-    with pytest.raises(RuntimeError, match="backward pass of fused_moe is not implemented"):
-        y.sum().backward()
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("kind", ["local", "ep"])
+def test_compiled_training_step(kind, backend, one_rank, fresh_compiler):
+    layers = [MoE(H, I, E, K, bias=True, group=one_rank if kind == "ep" else None) for _ in range(2)]
+    leaves = [parameter for layer in layers for parameter in layer.parameters()]
+
+    def step(x):
+        return layers[1](layers[0](x.tanh()) * 2) + x
+
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    for num_tokens in (9, 5):
+        x = torch.randn(num_tokens, H, requires_grad=True)
+        found, expected = (torch.autograd.grad(call(x).square().sum(), [x, *leaves]) for call in (compiled, step))
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_compiled_backward_calls_of_a_group_are_kept_in_order(one_rank, fresh_compiler, monkeypatch):
+    layers = [MoE(H, I, E, K, group=one_rank) for _ in range(3)]
+    seen, core = [], backward._backward
+    monkeypatch.setattr(backward, "_backward", lambda *args: seen.append(args[-2]) or core(*args))
+    routing = Routing(torch.randint(0, E, (5, K)), torch.rand(5, K), E)
+
+    def step(x):
+        return layers[2](x, routing) + layers[0](x, routing) + layers[1](layers[0](x, routing), routing)
+
+    orders = []
+    for call in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        x = torch.randn(5, H, requires_grad=True)
+        call(x).sum().backward()
+        orders.append(seen.copy())
+        seen.clear()
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(layers[i].layer for i in (0, 0, 1, 2))
 
 
 @torch.no_grad()

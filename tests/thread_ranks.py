@@ -16,12 +16,13 @@ def make_team(
     max_wire_bytes: int = 512,
     max_top_k: int = 8,
     max_experts: int = 32,
+    backward: bool = True,
     timeout_s: float = 20.0,
     entry_timeout_s: float = 20.0,
     **options: Any,
 ) -> list[_C.Group]:
     """The groups of ``ep_size`` ranks, one each. ``options``: remote_only_seed, num_workers, last_epoch."""
-    limits = _C.Limits(ep_size, max_tokens, max_wire_bytes, max_top_k, max_experts)
+    limits = _C.Limits(ep_size, max_tokens, max_wire_bytes, max_top_k, max_experts, backward)
     return _C.local_team(limits, timeout_s=timeout_s, entry_timeout_s=entry_timeout_s, **options)
 
 

@@ -6,7 +6,7 @@
 
 #include <cstddef>
 
-#include "protocol/config.h"
+#include "engine/backward_engine.h"
 
 namespace flashmoe {
 
@@ -33,8 +33,12 @@ class CpuEngine {
   static int up_tile_cols(const Problem& problem);
   static int down_tile_cols(const Problem& problem);
 
+  // Of a grad tile, at most.
+  static constexpr int kGradRows = flashmoe::kBlockM, kGradCols = 256;
+
   // Bytes of the scratch that each worker passes in, 64-byte aligned. Nothing in it outlives a call.
   static size_t scratch_bytes(const Problem& problem);
+  static size_t backward_scratch_bytes(const Problem& problem);
 
   // The kernels of the best instruction set here, or of the one that FLASHMOE_CPU_ISA names. Throws
   // std::invalid_argument if this machine or this build does not know it.
@@ -53,6 +57,15 @@ class CpuEngine {
 
   // y[0:hidden_size) = Σ_j weights[j] · rows[j], summed in fp32 in the order of j; zeros if num is 0.
   void combine(const Problem& problem, const void* const* rows, const float* weights, int num, void* y) const;
+
+  // What engine/backward_engine.h says, with columns of the up and the down tiles above.
+  void up_backward(const Problem& problem, const GradientRows& rows, const ExpertWeights& weights, int part,
+                   int col_begin, int col_end, void* scratch) const;
+  void down_backward(const Problem& problem, const BackwardRows& made, int num_rows, const void* gate_up, int col_begin,
+                     int col_end, void* const* out_rows, void* scratch) const;
+  void begin_gradient(const GradTile& tile, void* scratch) const;
+  void add_to_gradient(const Problem& problem, const GradTile& tile, const GradientRows& rows, void* scratch) const;
+  void end_gradient(const Problem& problem, const GradTile& tile, void* matrix, void* bias, void* scratch) const;
 
  private:
   const CpuKernels* kernels_;

@@ -42,9 +42,9 @@ FLASHMOE_INLINE Vector times_sigmoid(Vector x, Vector v) {
   return x * ((v < 0.0f ? e : splat(1.0f)) / (1.0f + e));
 }
 
-// x Φ(x), Φ(x) = erfc(-x / √2) / 2. The erfc is Numerical Recipes' erfcc (Chebyshev, 1.2e-7 relative), whose
+// Φ(x) = erfc(-x / √2) / 2. The erfc is Numerical Recipes' erfcc (Chebyshev, 1.2e-7 relative), whose
 // relative error stays small in the tail, where 1 + erf cancels.
-FLASHMOE_INLINE Vector gelu(Vector x) {
+FLASHMOE_INLINE Vector normal_distribution(Vector x) {
   const Vector t = 1.0f / (1.0f + magnitude(x) * 0.353553391f);
   Vector p = splat(0.17087277f);
   p = p * t - 0.82215223f;
@@ -59,7 +59,7 @@ FLASHMOE_INLINE Vector gelu(Vector x) {
   const Vector clamped = magnitude(x) > 15.0f ? splat(15.0f) : x;  // x² must not overflow; Φ(-15) is 0
   const Vector exponent = p - clamped * clamped * 0.5f;
   const Vector tail = 0.5f * t * exp_nonpositive(exponent > 0.0f ? Vector{} : exponent);
-  return x * (x < 0.0f ? tail : 1.0f - tail);
+  return x < 0.0f ? tail : 1.0f - tail;
 }
 
 template <Activation kActivation>
@@ -68,7 +68,7 @@ FLASHMOE_INLINE Vector activate(Vector x) {
     return x < 0.0f ? Vector{} : x;
   } else {
     if constexpr (kActivation == Activation::kSilu) return times_sigmoid(x, x);
-    if constexpr (kActivation == Activation::kGelu) return gelu(x);
+    if constexpr (kActivation == Activation::kGelu) return x * normal_distribution(x);
     if constexpr (kActivation == Activation::kGeluTanh)
       return times_sigmoid(x, x * (1.59576912f + 0.0713548163f * (x * x)));  // 2 √(2/π) (x + 0.044715 x³)
   }

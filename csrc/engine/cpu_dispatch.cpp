@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "engine/cpu_kernels.h"
+#include "engine/cpu_backward.h"
 
 namespace flashmoe {
 
@@ -74,6 +74,7 @@ int CpuEngine::up_tile_cols(const Problem& problem) {
 int CpuEngine::down_tile_cols(const Problem& problem) { return tile_cols(cpu::kMaxTileRows, problem.hidden_size); }
 
 size_t CpuEngine::scratch_bytes(const Problem&) { return sizeof(cpu::Scratch); }
+size_t CpuEngine::backward_scratch_bytes(const Problem&) { return sizeof(cpu::BackwardScratch); }
 
 void CpuEngine::up_tile(const Problem& problem, const void* const* rows, int num_rows, const void* gate_up,
                         const void* gate_up_bias, int col_begin, int col_end, float* h, ptrdiff_t h_stride,
@@ -90,6 +91,31 @@ void CpuEngine::down_tile(const Problem& problem, const float* h, ptrdiff_t h_st
 void CpuEngine::combine(const Problem& problem, const void* const* rows, const float* weights, int num,
                         void* y) const {
   kernels_->combine(problem, rows, weights, num, y);
+}
+
+static_assert(BackwardEngine<CpuEngine> && cpu::kGradRows == CpuEngine::kGradRows && cpu::kGradCols == CpuEngine::kGradCols);
+
+void CpuEngine::up_backward(const Problem& problem, const GradientRows& rows, const ExpertWeights& weights, int part,
+                            int col_begin, int col_end, void* scratch) const {
+  kernels_->backward->up_backward(problem, rows, weights, part, col_begin, col_end, scratch);
+}
+
+void CpuEngine::down_backward(const Problem& problem, const BackwardRows& made, int num_rows, const void* gate_up,
+                              int col_begin, int col_end, void* const* out_rows, void* scratch) const {
+  kernels_->backward->down_backward(problem, made, num_rows, gate_up, col_begin, col_end, out_rows, scratch);
+}
+
+void CpuEngine::begin_gradient(const GradTile& tile, void* scratch) const {
+  kernels_->backward->begin_gradient(tile, scratch);
+}
+
+void CpuEngine::add_to_gradient(const Problem& problem, const GradTile& tile, const GradientRows& rows,
+                                void* scratch) const {
+  kernels_->backward->add_to_gradient(problem, tile, rows, scratch);
+}
+
+void CpuEngine::end_gradient(const Problem& problem, const GradTile& tile, void* matrix, void* bias, void* scratch) const {
+  kernels_->backward->end_gradient(problem, tile, matrix, bias, scratch);
 }
 
 }  // namespace flashmoe

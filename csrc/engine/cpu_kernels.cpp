@@ -1,4 +1,5 @@
-// The tile products of the CPU engine for one instruction set. CMake compiles this file once for each:
+// The tile products of the CPU engine for one instruction set. CMake compiles this file, and cpu_backward_kernels.cpp,
+// once for each:
 //
 //   baseline  -DFLASHMOE_ISA=baseline -DFLASHMOE_LANES=4
 //   avx2      -DFLASHMOE_ISA=avx2 -DFLASHMOE_LANES=8 -mavx2 -mfma -mf16c
@@ -121,18 +122,6 @@ void combine(const CpuProblem& problem, const void* const* rows, const float* we
   }
 }
 
-template <class F>
-FLASHMOE_INLINE void with_dtype(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return f(float{});
-    case DType::kBFloat16:
-      return f(BFloat16{});
-    case DType::kFloat16:
-      return f(Float16{});
-  }
-}
-
 // Calls f(first, num) for each pass over the rows of a tile, as equal as can be. The weights of the second pass come
 // from a cache.
 template <class F>
@@ -191,10 +180,11 @@ void activate_any(Activation activation, const float* x, int num, float* out) {
 
 }  // namespace
 
+const CpuBackwardKernels& backward_kernels();  // in cpu_backward_kernels.cpp
 const CpuKernels& kernels();  // declared where it is called, in cpu_dispatch.cpp
 const CpuKernels& kernels() {
-  static constexpr CpuKernels table{FLASHMOE_STRING(FLASHMOE_ISA), up_tile_any, down_tile_any, combine_any,
-                                    activate_any};
+  static const CpuKernels table{FLASHMOE_STRING(FLASHMOE_ISA), up_tile_any, down_tile_any, combine_any, activate_any,
+                                &backward_kernels()};
   return table;
 }
 

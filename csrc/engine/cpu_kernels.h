@@ -5,6 +5,8 @@
 
 namespace flashmoe {
 
+struct CpuBackwardKernels;  // engine/cpu_backward.h
+
 // The arguments are those of CpuEngine's methods of the same names.
 struct CpuKernels {
   const char* name;
@@ -15,6 +17,7 @@ struct CpuKernels {
   void (*combine)(const CpuProblem&, const void* const* rows, const float* weights, int num, void* y);
   // out[i] = act(x[i]), for tests of the approximations.
   void (*activate)(Activation, const float* x, int num, float* out);
+  const CpuBackwardKernels* backward;
 };
 
 // Sizes that all instruction sets share, so that tiles and scratch follow from shapes alone.

@@ -13,6 +13,8 @@
 #include <immintrin.h>
 #endif
 
+#include "protocol/config.h"
+
 namespace flashmoe::FLASHMOE_ISA_NAMESPACE {
 namespace {
 
@@ -161,6 +163,19 @@ FLASHMOE_INLINE QuadVector sum_lanes(Vector a, Vector b, Vector c, Vector d) {
   };
   return QuadVector{sum(a), sum(b), sum(c), sum(d)};
 #endif
+}
+
+// Calls f with an element of the dtype.
+template <class F>
+FLASHMOE_INLINE void with_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return f(float{});
+    case DType::kBFloat16:
+      return f(BFloat16{});
+    case DType::kFloat16:
+      return f(Float16{});
+  }
 }
 
 }  // namespace

@@ -13,6 +13,8 @@ namespace flashmoe {
 
 class CudaPlatform {
  public:
+  static constexpr bool kBackward = false;  // not written yet for a GPU's engines
+
   FLASHMOE_DEVICE CudaPlatform(const Call& call, const Peers& peers, const Workspace& workspace)
       : ep_rank_(call.ep_rank), heaps_(peers.heaps), ws_(workspace) {}
 

@@ -22,6 +22,8 @@ namespace flashmoe {
 
 class HostPlatform {
  public:
+  static constexpr bool kBackward = true;
+
   // heaps[pe] is where pe's symmetric heap is mapped here, null where only the network leads there; pids[pe] is 0
   // where the peer is a thread or on another host.
   HostPlatform(int ep_rank, std::vector<std::byte*> heaps, const std::vector<int>& pids,

@@ -40,7 +40,7 @@ class Agent {
   template <LaneGroup Lanes>
   FLASHMOE_ROLE bool done(const Lanes& lanes) {
     const bool done = lanes.rank() == 0 && dispatcher.done() && subscriber.done() && scheduler.all_served() &&
-                      processor.all_combined() && c_.platform.quiet();
+                      processor.all_combined() && processor.all_released() && c_.platform.quiet();
     return lanes.broadcast(uint32_t(done));
   }
 

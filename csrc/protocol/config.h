@@ -44,6 +44,7 @@ struct Limits {
   int max_wire_bytes = 0;  // of one token row on the wire
   int max_top_k = 0;
   int max_experts = 0;
+  bool backward = false;  // also backward calls, whose packets carry two rows in a slot
 };
 
 // Names the call, so that ranks which call different layers in one epoch find out. Travels in every header;
@@ -56,14 +57,29 @@ struct CallTag {
   uint32_t placement;  // digest of the expert map
   uint8_t dtype;
   uint8_t activation;
-  uint8_t gated;
+  uint8_t kind;  // 1: gated, 2: a backward call
   uint8_t has_bias;
 
+  FLASHMOE_HD bool gated() const { return kind & 1; }
+  FLASHMOE_HD bool backward() const { return kind & 2; }
   FLASHMOE_HD bool operator==(const CallTag& o) const {
     return layer == o.layer && hidden_size == o.hidden_size && intermediate_size == o.intermediate_size &&
            num_experts == o.num_experts && placement == o.placement && dtype == o.dtype &&
-           activation == o.activation && gated == o.gated && has_bias == o.has_bias;
+           activation == o.activation && kind == o.kind && has_bias == o.has_bias;
   }
+};
+
+// A result row of a backward call: the gradient of the token's row, then the gradient of its top-k weight, a float.
+FLASHMOE_HD constexpr size_t backward_result_bytes(size_t row_bytes) { return round_up(row_bytes, 16) + 16; }
+
+// What a backward call has besides. Gradients of weights are overwritten; null: not asked for.
+struct Gradients {
+  const std::byte* y;       // [num_tokens, hidden_size] what comes in
+  float* topk_weights;      // [num_tokens, top_k]
+  std::byte* gate_up_proj;  // each as the weight of its name
+  std::byte* gate_up_bias;
+  std::byte* down_proj;
+  std::byte* down_bias;
 };
 
 // One call on one rank. Experts are numbered by *position*: sorted by (owning rank, expert id), so that the
@@ -90,10 +106,14 @@ struct Call {
   const std::byte* gate_up_bias;  // [num_local_experts, (gated ? 2 : 1) · intermediate_size] or null
   const std::byte* down_proj;     // [num_local_experts, hidden_size, intermediate_size]
   const std::byte* down_bias;     // [num_local_experts, hidden_size] or null
-  std::byte* y;                   // [num_tokens, hidden_size]
+  std::byte* y;                   // [num_tokens, hidden_size]; of a backward call the gradient of x
+  Gradients grad;                 // of a backward call
 
   FLASHMOE_HD int num_local_experts() const { return rank_begin[ep_rank + 1] - rank_begin[ep_rank]; }
   FLASHMOE_HD size_t row_bytes() const { return size_t(hidden_size) * dtype_bytes(dtype); }
+  // Of a slot: a backward call sends x and the gradient of y together.
+  FLASHMOE_HD size_t slot_bytes() const { return tag.backward() ? 2 * row_bytes() : row_bytes(); }
+  FLASHMOE_HD size_t result_bytes() const { return tag.backward() ? backward_result_bytes(row_bytes()) : row_bytes(); }
   FLASHMOE_HD int up_rows() const { return (gated ? 2 : 1) * intermediate_size; }
   FLASHMOE_HD int num_combine_tasks() const { return ceil_div(num_tokens, kCombineTokens); }
   // The i-th source of every canonical list: this rank itself first, then the others in turn.

@@ -24,6 +24,8 @@ class CrewOfOne {
         dispatcher_(context),
         processor_(context, tiles_) {}
 
+  const TileShape& tiles() const { return tiles_; }
+
   void perform(const Work& work) {
     switch (work.kind) {
       case WorkKind::kPlan:

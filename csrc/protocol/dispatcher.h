@@ -38,7 +38,7 @@ class Dispatcher {
       return;
     }
     if (const Chunk chunk = chunk_of(work); chunk.num_rows)
-      c_.platform.commit(work.index, chunk.offset, chunk.rows, chunk.num_rows * c_.call.row_bytes(),
+      c_.platform.commit(work.index, chunk.offset, chunk.rows, chunk.num_rows * c_.slot_bytes(),
                          c_.layout.chunk_signal_at(c_.call.ep_rank, work.part), make_signal(c_.call.epoch, 0),
                          Traffic::kRows);
     P::fetch_add(&n.sends_done, 1);
@@ -71,6 +71,7 @@ class Dispatcher {
   FLASHMOE_ROLE void plan(const Group& group) {
     plan_segments(group, c_.call, c_.ws);
     plan_slots(group, c_.call, c_.ws);
+    if (c_.backward()) plan_weights(group, c_.call, c_.ws);
     // Headers are tiny and leave first: destinations form row blocks while the rows travel.
     const int ep_size = c_.call.ep_size;
     for (int i = 1; i < ep_size; ++i) write_header(group, c_.call.canonical_source(i));
@@ -105,6 +106,8 @@ class Dispatcher {
     uint32_t* entry_begin = header_entry_begin(header);
     for (int e = group.rank(); e <= experts; e += group.size()) entry_begin[e] = ws.segment_row[begin + e] - first;
     P::copy(group, header_entry_slot(header, experts), ws.row_slot + first, entries * sizeof(uint32_t));
+    if (c_.backward())
+      P::copy(group, header_entry_weight(header, experts, entries), ws.row_weight + first, entries * sizeof(float));
   }
 
   FLASHMOE_ROLE void commit_header(int d) {
@@ -115,7 +118,7 @@ class Dispatcher {
     // waits until it has landed (design D5).
     const bool rows = entries != 0;
     c_.platform.commit(d, rows ? c_.layout.header_at(d, call.ep_rank) : 0, rows ? header_window(d) : nullptr,
-                       rows ? header_bytes(experts, entries) : 0, c_.layout.header_signal_at(call.ep_rank),
+                       rows ? header_bytes(experts, entries, c_.backward()) : 0, c_.layout.header_signal_at(call.ep_rank),
                        header_signal(call.epoch, call.tag, rows), Traffic::kHeader);
   }
 
@@ -129,7 +132,7 @@ class Dispatcher {
     const int d = work.index;
     const uint32_t slots = packet_slots(c_.ws, d), begin = uint32_t(work.part) * kChunkRows;
     if (begin >= slots) return {};
-    const size_t offset = c_.layout.inbox_at(d, c_.call.ep_rank, begin, c_.call.row_bytes());
+    const size_t offset = c_.layout.inbox_at(d, c_.call.ep_rank, begin, c_.slot_bytes());
     return {begin + kChunkRows < slots ? kChunkRows : slots - begin, c_.ws.slot_token + c_.ws.slot_begin[d] + begin,
             offset, c_.platform.window(d, offset, c_.inbox_stage(d, begin))};
   }
@@ -137,8 +140,11 @@ class Dispatcher {
   template <ThreadGroup Group>
   FLASHMOE_ROLE void write_chunk(const Group& group, const Chunk& chunk) {
     const size_t row_bytes = c_.call.row_bytes();
-    for (uint32_t r = group.warp(); r < chunk.num_rows; r += group.num_warps())
-      P::copy(group.lanes(), chunk.rows + r * row_bytes, c_.call.x + chunk.token[r] * row_bytes, row_bytes);
+    for (uint32_t r = group.warp(); r < chunk.num_rows; r += group.num_warps()) {
+      std::byte* slot = chunk.rows + r * c_.slot_bytes();
+      P::copy(group.lanes(), slot, c_.call.x + chunk.token[r] * row_bytes, row_bytes);
+      if (c_.backward()) P::copy(group.lanes(), slot + row_bytes, c_.call.grad.y + chunk.token[r] * row_bytes, row_bytes);
+    }
   }
 
   Context<P> c_;

@@ -15,7 +15,7 @@ struct HeapLayout {
   size_t max_chunks, max_result_rows, max_result_signals;
   size_t header_stride, inbox_stride;
   // offsets in the heap
-  size_t abort, header_signal, chunk_signal, result_signal, header, inbox, results;
+  size_t abort, release_signal, header_signal, chunk_signal, result_signal, header, inbox, results;
   size_t bytes;
 
   FLASHMOE_HD explicit HeapLayout(const Limits& l) : limits(l) {
@@ -24,8 +24,8 @@ struct HeapLayout {
     max_result_rows = size_t(l.max_tokens) * l.max_top_k;
     const size_t max_segments = max_result_rows < size_t(l.max_experts) ? max_result_rows : l.max_experts;
     max_result_signals = ceil_div<size_t>(max_result_rows, kBlockM) + 2 * max_segments;
-    header_stride = round_up(header_bytes(l.max_experts, max_result_rows), kAlign);
-    inbox_stride = round_up(size_t(l.max_tokens) * l.max_wire_bytes, kAlign);
+    header_stride = round_up(header_bytes(l.max_experts, max_result_rows, l.backward), kAlign);
+    inbox_stride = round_up(size_t(l.max_tokens) * l.max_wire_bytes * (l.backward ? 2 : 1), kAlign);
 
     size_t end = 0;
     auto region = [&end](size_t size) {
@@ -34,16 +34,18 @@ struct HeapLayout {
       return begin;
     };
     abort = region(sizeof(uint64_t) * ep_size);
+    release_signal = region(sizeof(uint64_t) * ep_size);
     header_signal = region(sizeof(uint64_t) * ep_size);
     chunk_signal = region(sizeof(uint64_t) * ep_size * max_chunks);
     result_signal = region(sizeof(uint64_t) * max_result_signals);
     header = region(header_stride * peers);
     inbox = region(inbox_stride * peers);
-    results = region(max_result_rows * l.max_wire_bytes);
+    results = region(max_result_rows * (l.backward ? backward_result_bytes(l.max_wire_bytes) : l.max_wire_bytes));
     bytes = end;
   }
 
   FLASHMOE_HD size_t abort_at(int from) const { return abort + sizeof(uint64_t) * from; }
+  FLASHMOE_HD size_t release_signal_at(int from) const { return release_signal + sizeof(uint64_t) * from; }
   FLASHMOE_HD size_t header_signal_at(int source) const { return header_signal + sizeof(uint64_t) * source; }
   FLASHMOE_HD size_t chunk_signal_at(int source, int chunk) const {
     return chunk_signal + sizeof(uint64_t) * (source * max_chunks + chunk);
@@ -52,10 +54,10 @@ struct HeapLayout {
   FLASHMOE_HD size_t header_at(int owner, int source) const {
     return header + header_stride * peer_index(owner, source);
   }
-  FLASHMOE_HD size_t inbox_at(int owner, int source, size_t slot, size_t row_bytes) const {
-    return inbox + inbox_stride * peer_index(owner, source) + slot * row_bytes;
+  FLASHMOE_HD size_t inbox_at(int owner, int source, size_t slot, size_t slot_bytes) const {
+    return inbox + inbox_stride * peer_index(owner, source) + slot * slot_bytes;
   }
-  FLASHMOE_HD size_t result_at(size_t row, size_t row_bytes) const { return results + row * row_bytes; }
+  FLASHMOE_HD size_t result_at(size_t row, size_t result_bytes) const { return results + row * result_bytes; }
 
   // A rank keeps no inbox for itself: the other ranks are numbered without it.
   FLASHMOE_HD static size_t peer_index(int owner, int peer) { return size_t(peer < owner ? peer : peer - 1); }

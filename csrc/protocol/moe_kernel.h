@@ -9,6 +9,8 @@
 // performed by a crew. A worker goes round its roles; only this outermost loop waits, and it always ends: with y, or
 // with a status that says who was waited for and for what.
 //
+// A backward call is the same with two rows for one, and with weight gradients besides (protocol/backward.h).
+//
 // Here a worker is a host thread: agent and crew in one. On a GPU it is a block, whose agent is a warp that runs ahead
 // of its crew (kernel/worker.h).
 #pragma once
@@ -19,13 +21,12 @@
 
 namespace flashmoe {
 
-template <Platform P, TileEngine E>
+template <Platform P, TileEngine E, class Crew = CrewOfOne<P, E>>
 class MoeKernel {
  public:
   MoeKernel(const Context<P>& context, const E& engine, const typename E::Problem& problem, const Deadlines& deadlines,
             void* scratch, TraceBuffer* trace = nullptr)
-      : agent_(context, tile_shape<E>(context.call, problem), deadlines), crew_(context, engine, problem, scratch),
-        tracer_(context, trace) {}
+      : crew_(context, engine, problem, scratch), agent_(context, crew_.tiles(), deadlines), tracer_(context, trace) {}
 
   // One worker's part of the call.
   void run() {
@@ -61,8 +62,8 @@ class MoeKernel {
     return true;
   }
 
+  Crew crew_;
   Agent<P> agent_;
-  CrewOfOne<P, E> crew_;
   Tracer<P> tracer_;
 };
 

@@ -1,8 +1,10 @@
 // The packet of one (source, destination) pair, and the way its results are numbered on the way back.
 //
-// header   PacketHeader, entry_begin[num_local_experts + 1], entry_slot[num_entries]
+// header   PacketHeader, entry_begin[num_local_experts + 1], entry_slot[num_entries];
+//          of a backward call also entry_weight[num_entries], the pairs' top-k weights
 //          entry j of the packet is one (token, expert) pair: expert-major, tokens in order inside an expert
-// chunks   the distinct token rows, slot by slot; slots are ordered by the first expert that needs them
+// chunks   the distinct token rows, slot by slot; slots are ordered by the first expert that needs them.
+//          Of a backward call a slot holds the row of x, then that of y's gradient
 // results  entry j comes back as row result_row + j of the source's results region
 //
 // An expert's entries in one packet are a *segment*. The destination merges the segments of all sources into
@@ -52,8 +54,11 @@ FLASHMOE_HD inline uint32_t* header_entry_slot(std::byte* header, int num_local_
 FLASHMOE_HD inline const uint32_t* header_entry_slot(const std::byte* header, int num_local_experts) {
   return header_entry_begin(header) + num_local_experts + 1;
 }
-FLASHMOE_HD constexpr size_t header_bytes(size_t num_local_experts, size_t num_entries) {
-  return sizeof(PacketHeader) + sizeof(uint32_t) * (num_local_experts + 1 + num_entries);
+FLASHMOE_HD inline float* header_entry_weight(std::byte* header, int num_local_experts, uint32_t num_entries) {
+  return reinterpret_cast<float*>(header_entry_slot(header, num_local_experts) + num_entries);
+}
+FLASHMOE_HD constexpr size_t header_bytes(size_t num_local_experts, size_t num_entries, bool backward) {
+  return sizeof(PacketHeader) + sizeof(uint32_t) * (num_local_experts + 1 + (backward ? 2 : 1) * num_entries);
 }
 
 }  // namespace flashmoe

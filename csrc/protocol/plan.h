@@ -222,4 +222,12 @@ FLASHMOE_ROLE void plan_slots(const Group& group, const Call& call, Workspace& w
   group.sync();
 }
 
+// After plan_segments, in a backward call: the gradients of an expert's weights need those of its rows.
+template <ThreadGroup Group>
+FLASHMOE_ROLE void plan_weights(const Group& group, const Call& call, Workspace& ws) {
+  for (int pair = group.rank(); pair < call.num_tokens * call.top_k; pair += group.size())
+    if (ws.result_row[pair] >= 0) ws.row_weight[ws.result_row[pair]] = call.topk_weights[pair];
+  group.sync();
+}
+
 }  // namespace flashmoe

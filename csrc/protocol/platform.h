@@ -15,6 +15,7 @@
 //                               made so far has landed
 //   settle(lanes, first, num)   by the scheduler, while row blocks from number `first` on, `num` at most, may wait for
 //                               ring slots: sees to those landings, where the transport tells of none by itself
+//   kBackward                   whether backward calls run here; where not, nothing of them is compiled
 //   test_signal(offset)         a word of my own heap; if it is the awaited one, what it announces may be read.
 //                               A verb of its own: over RDMA the ordering lives inside the transport's test.
 #pragma once
@@ -30,6 +31,7 @@ inline constexpr int kTrafficKinds = 4;
 
 template <class P>
 concept Platform = requires(P& p, const P& cp, uint64_t* word64, uint32_t* word32, std::byte* bytes, size_t n, int pe, Alone group) {
+  { P::kBackward } -> std::convertible_to<bool>;
   { P::load_acquire(word64) } -> std::same_as<uint64_t>;
   { P::load_acquire(word32) } -> std::same_as<uint32_t>;
   { P::load_relaxed(word32) } -> std::same_as<uint32_t>;

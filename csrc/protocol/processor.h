@@ -2,9 +2,10 @@
 // their rows back. What lies between the issue and the end of a tile is the engine's.
 //
 // Down tiles go before up tiles: results leave early, the weights' neighbours are still in cache, and a ring
-// slot comes free soon.
+// slot comes free soon. Weight gradients come last: they fill the time in which rows and results travel.
 #pragma once
 
+#include "protocol/backward.h"
 #include "protocol/signal.h"
 #include "protocol/tile.h"
 
@@ -19,17 +20,27 @@ class Processor {
   FLASHMOE_ROLE bool next(const Lanes& lanes, Work& work) {
     if (lanes.rank() == 0) work = next_tile();
     work = lanes.broadcast(work);
-    return work.kind != WorkKind::kNone || next_combine(lanes, work);
+    if (work.kind != WorkKind::kNone || next_combine(lanes, work)) return true;
+    if (!c_.backward()) return false;
+    work = lanes.broadcast(lanes.rank() == 0 ? next_gradient() : Work{});
+    return work.kind != WorkKind::kNone;
   }
 
   // Tells the others that `work` is done; by one thread, once all who wrote its results have met.
   FLASHMOE_ROLE void finish(const Work& work) {
+    if (work.kind == WorkKind::kGradTile) {
+      P::fetch_add(&c_.ws.counters->grads_done, 1);
+      return;
+    }
+    if (work.kind == WorkKind::kRelease) return release_packets();
     RowBlock& block = c_.ws.ring[work.index];
     // Each tile releases its columns into the counter; the last arriver acquires them all and hands them on.
     if (work.kind == WorkKind::kUpTile) {
-      if (P::fetch_sub(&block.up_tiles_left, 1) == 1)
+      if (P::fetch_sub(&block.up_tiles_left, 1) == 1) {
         push_down<P>(c_.ws.counters->down, c_.ws.down_entries, num_down_places(c_.ws.ring_blocks),
                      uint32_t(work.index));
+        if (c_.backward()) P::fetch_add(&c_.ws.blocks_ready[block.local_expert], 1);
+      }
     } else if (work.kind == WorkKind::kDownTile) {
       if (P::fetch_sub(&block.down_tiles_left, 1) == 1) return_rows(block, uint32_t(work.index));
     } else {
@@ -39,6 +50,15 @@ class Processor {
 
   FLASHMOE_ROLE bool all_combined() const {
     return P::load_acquire(&c_.ws.counters->combine_done) == uint32_t(c_.call.num_combine_tasks());
+  }
+
+  // My weight gradients are there, and nobody reads my packets any more.
+  FLASHMOE_ROLE bool all_released() const {
+    if (!c_.backward()) return true;
+    if (!P::load_acquire(&c_.ws.counters->released)) return false;
+    for (int pe = 0; pe < c_.call.ep_size; ++pe)
+      if (!is_released_by(pe)) return false;
+    return true;
   }
 
   // Runs of my results that have come so far, from all ranks. They come in the order of their experts, not of my
@@ -53,7 +73,7 @@ class Processor {
     return all;
   }
 
-  // The first of my pairs whose result is still to come from `peer`, if any: for the report of a deadline.
+  // What I wait for from `peer`, if anything: for the report of a deadline. Of results the first of my pairs' to come.
   template <LaneGroup Lanes>
   FLASHMOE_ROLE bool waits_for(const Lanes& lanes, int peer, Phase& phase, int& expert, uint64_t& seen) const {
     const Call& call = c_.call;
@@ -67,7 +87,9 @@ class Processor {
       seen = c_.platform.test_signal(c_.layout.result_signal_at(c_.ws.segment_signal[position]));
       return true;
     }
-    return false;
+    if (!c_.backward() || is_released_by(peer)) return false;
+    phase = Phase::kRelease, expert = -1, seen = c_.platform.test_signal(c_.layout.release_signal_at(peer));
+    return true;
   }
 
  private:
@@ -85,6 +107,44 @@ class Processor {
     return {};
   }
 
+  // The weight gradients of experts whose rows have all gone through their up tiles, then the word that all are made.
+  FLASHMOE_ROLE Work next_gradient() {
+    Counters& n = *c_.ws.counters;
+    if (P::load_acquire(&n.headers_known) != uint32_t(c_.call.ep_size)) return {};
+    const uint32_t tiles = tiles_.grad_tiles, all = tiles * uint32_t(c_.call.num_local_experts());
+    if (grad_ticket_ == kNoTicket) {
+      const uint32_t head = P::load_relaxed(&n.grad_head);
+      if (head < all && expert_is_ready(head / tiles)) grad_ticket_ = P::fetch_add_relaxed(&n.grad_head, 1);
+    }
+    if (grad_ticket_ < all && expert_is_ready(grad_ticket_ / tiles)) {
+      const Work work{WorkKind::kGradTile, int32_t(grad_ticket_ / tiles), int32_t(grad_ticket_ % tiles)};
+      grad_ticket_ = kNoTicket;
+      return work;
+    }
+    if (P::load_acquire(&n.grads_done) != all || P::load_acquire(&n.release_claimed)) return {};
+    return {P::compare_exchange(&n.release_claimed, 0, 1) ? WorkKind::kRelease : WorkKind::kNone, 0, 0};
+  }
+
+  FLASHMOE_ROLE bool expert_is_ready(uint32_t expert) const {
+    return P::load_acquire(&c_.ws.blocks_ready[expert]) == ceil_div<uint32_t>(rows_of_expert(c_, expert), kBlockM);
+  }
+
+  // In a backward call a reply does not mean consumed: weight gradients are sums over the rows of packets that were
+  // replied to long ago. So each source hears when the last was made; until then its call does not end.
+  FLASHMOE_ROLE void release_packets() {
+    const Call& call = c_.call;
+    const int experts = call.num_local_experts();
+    for (int i = 1; i < call.ep_size; ++i)
+      if (c_.ws.entry_begin[i * (experts + 1) + experts])
+        c_.platform.commit(call.canonical_source(i), 0, nullptr, 0, c_.layout.release_signal_at(call.ep_rank),
+                           make_signal(call.epoch, 0), Traffic::kSignal);
+    P::store_release(&c_.ws.counters->released, 1);
+  }
+  // Once the plan is there.
+  FLASHMOE_ROLE bool is_released_by(int pe) const {
+    return pe == c_.call.ep_rank || packet_entries(c_.call, c_.ws, pe) == 0 || is_of_this_call(c_.layout.release_signal_at(pe));
+  }
+
   // A reply means consumed: after the last run of a packet nothing of it is read here any more (design D5).
   FLASHMOE_ROLE void return_rows(const RowBlock& block, uint32_t ring_slot) {
     const Call& call = c_.call;
@@ -96,7 +156,7 @@ class Processor {
       const uint32_t first = first_run_rows(offset, rows);
       const uint32_t signal = c_.ws.run_signal[i * experts + expert] + run_of_row(run.row_in_segment, first);
       c_.platform.commit(call.canonical_source(i), result_offset(c_, run), result_window(c_, run, ring_slot),
-                         run.num_rows * call.row_bytes(), c_.layout.result_signal_at(signal),
+                         run.num_rows * c_.result_bytes(), c_.layout.result_signal_at(signal),
                          make_signal(call.epoch, first), Traffic::kResults);
     });
     // Staged rows must lie still until they have landed; mapped peers have them already.
@@ -130,8 +190,9 @@ class Processor {
     for (uint32_t run = run_of_row(rows - 1, signal_payload(first)); run > 0; --run) here += run_is_here(signal + run);
     return here;
   }
-  FLASHMOE_ROLE bool run_is_here(uint32_t signal) const {
-    return signal_epoch(c_.platform.test_signal(c_.layout.result_signal_at(signal))) == c_.call.epoch;
+  FLASHMOE_ROLE bool run_is_here(uint32_t signal) const { return is_of_this_call(c_.layout.result_signal_at(signal)); }
+  FLASHMOE_ROLE bool is_of_this_call(size_t signal) const {
+    return signal_epoch(c_.platform.test_signal(signal)) == c_.call.epoch;
   }
 
   // Each worker holds one combine task at a time and looks at it whenever it has no tile to issue.
@@ -164,7 +225,7 @@ class Processor {
 
   Context<P> c_;
   TileShape tiles_;
-  uint32_t up_ticket_ = kNoTicket, down_ticket_ = kNoTicket;
+  uint32_t up_ticket_ = kNoTicket, down_ticket_ = kNoTicket, grad_ticket_ = kNoTicket;
   int combine_task_ = -1, combine_pair_ = 0;
 };
 

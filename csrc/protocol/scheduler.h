@@ -101,6 +101,15 @@ class Scheduler {
     c_.ws.bundles[block.sequence % num_bundle_places(c_.ws.ring_blocks)] = bundle;
   }
 
+  // For the weight gradients of a backward call: `num` more blocks of one expert, from sequence number `first` on.
+  FLASHMOE_ROLE void append_blocks(int expert, uint32_t first, uint32_t num) {
+    Workspace& ws = c_.ws;
+    if (!c_.backward() || num == 0) return;
+    (ws.next_block[expert] == 0 ? ws.first_block[expert] : ws.following[ws.last_block[expert]]) = first;
+    for (uint32_t b = first + 1; b < first + num; ++b) ws.following[b - 1] = b;
+    ws.last_block[expert] = first + num - 1;
+  }
+
   // All bundles of the lanes' experts that own their ring slots, in the order of the experts; true if that is all of them.
   // One after another they would keep many small experts waiting for longer than their tiles take.
   template <LaneGroup Lanes>
@@ -123,6 +132,7 @@ class Scheduler {
       for (uint32_t b = begun; b < begun + together; ++b)
         describe(block_at(expert, begin + b * kBlockM, end, known, first + b), {first + begun, together});
     }
+    append_blocks(expert, first, num);
     if (num) ws.next_block[expert] += num;
     lanes.exclusive_sum(num, all);
     lanes.sync();
@@ -152,6 +162,7 @@ class Scheduler {
     for (uint32_t b = lanes.rank(); b < num; b += lanes.size()) describe(block(b), {first, num});
     lanes.sync();
     if (lanes.rank() == 0) {
+      append_blocks(expert, first, num);
       ws.next_block[expert] += num;
       P::store_release(&ws.counters->up.published, first + num);
     }

@@ -44,7 +44,7 @@ FLASHMOE_HD constexpr uint32_t tag_digest(const CallTag& t) {
   uint32_t h = 2166136261u;
   const uint32_t words[] = {uint32_t(t.layer), uint32_t(t.hidden_size), uint32_t(t.intermediate_size),
                             uint32_t(t.num_experts), t.placement,
-                            uint32_t(t.dtype | t.activation << 8 | t.gated << 16 | uint32_t(t.has_bias) << 24)};
+                            uint32_t(t.dtype | t.activation << 8 | t.kind << 16 | uint32_t(t.has_bias) << 24)};
   for (uint32_t w : words) h = (h ^ w) * 16777619u;
   return (h ^ h >> 15) & 0x7fff;
 }

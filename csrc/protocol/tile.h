@@ -55,32 +55,32 @@ FLASHMOE_ROLE void for_each_token_row(const Context<P>& c, uint32_t ring_slot, u
   const Call& call = c.call;
   const size_t row_bytes = call.row_bytes();
   for_each_run(call, c.ws, c.ws.ring[ring_slot], begin, num, [&](const Run& run) {
+    const bool mine = run.source_index == 0;
     const int source = call.canonical_source(run.source_index);
-    const std::byte* base =
-        run.source_index == 0 ? call.x : c.platform.heap() + c.layout.inbox_at(call.ep_rank, source, 0, row_bytes);
+    const std::byte* base = mine ? call.x : c.platform.heap() + c.layout.inbox_at(call.ep_rank, source, 0, 0);
+    const size_t stride = mine ? row_bytes : c.slot_bytes();
     const uint32_t* slot = packet_slots_of(c, run.source_index) + run.entry;
-    for (uint32_t r = 0; r < run.num_rows; ++r) f(run.row_in_block + r, base + slot[r] * row_bytes);
+    for (uint32_t r = 0; r < run.num_rows; ++r) f(run.row_in_block + r, base + slot[r] * stride);
   });
 }
 
 template <class P>
 FLASHMOE_ROLE size_t result_offset(const Context<P>& c, const Run& run) {
-  return c.layout.result_at(c.ws.packet_row[run.source_index] + run.entry, c.call.row_bytes());
+  return c.layout.result_at(c.ws.packet_row[run.source_index] + run.entry, c.result_bytes());
 }
 template <class P>
 FLASHMOE_ROLE std::byte* result_window(const Context<P>& c, const Run& run, uint32_t ring_slot) {
   const size_t row = size_t(ring_slot) * kBlockM + run.row_in_block;
-  std::byte* stage = c.ws.result_stage ? c.ws.result_stage + row * c.call.row_bytes() : nullptr;
+  std::byte* stage = c.ws.result_stage ? c.ws.result_stage + row * c.result_bytes() : nullptr;
   return c.platform.window(c.call.canonical_source(run.source_index), result_offset(c, run), stage);
 }
 
 // The same for where the block's results are written.
 template <class P, class F>
 FLASHMOE_ROLE void for_each_result_row(const Context<P>& c, uint32_t ring_slot, uint32_t begin, uint32_t num, F&& f) {
-  const size_t row_bytes = c.call.row_bytes();
   for_each_run(c.call, c.ws, c.ws.ring[ring_slot], begin, num, [&](const Run& run) {
     std::byte* to = result_window(c, run, ring_slot);
-    for (uint32_t r = 0; r < run.num_rows; ++r) f(run.row_in_block + r, to + r * row_bytes);
+    for (uint32_t r = 0; r < run.num_rows; ++r) f(run.row_in_block + r, to + r * c.result_bytes());
   });
 }
 
@@ -111,7 +111,7 @@ FLASHMOE_HD inline TokenRange combine_tokens(const Call& call, int task) {
 template <class P>
 FLASHMOE_ROLE const std::byte* returned_row(const Context<P>& c, int pair) {
   const int32_t row = c.ws.result_row[pair];
-  return row < 0 ? nullptr : c.platform.heap() + c.layout.result_at(size_t(row), c.call.row_bytes());
+  return row < 0 ? nullptr : c.platform.heap() + c.layout.result_at(size_t(row), c.result_bytes());
 }
 
 }  // namespace flashmoe

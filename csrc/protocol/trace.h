@@ -12,6 +12,8 @@ enum class TraceKind : uint32_t {
   kUpTile = uint32_t(WorkKind::kUpTile),        // tile `part` of the row block `sequence`
   kDownTile = uint32_t(WorkKind::kDownTile),
   kCombine = uint32_t(WorkKind::kCombine),
+  kGradTile = uint32_t(WorkKind::kGradTile),    // tile `part` of the weight gradients of local expert `index`
+  kRelease = uint32_t(WorkKind::kRelease),
   kArrived = 16,    // a moment: `part` chunks of rank `index` are here
   kPublished = 17,  // in this step row blocks below `sequence` became runnable
 };
@@ -24,7 +26,7 @@ struct TraceEvent {
   uint64_t loads_ns;  // the loading of a tile's operands begins: with the tile, or before it where there are loaders
   uint32_t kind;
   int32_t index, part;
-  int32_t expert;     // local, of a tile; else -1
+  int32_t expert;     // local, of a tile or a grad tile; else -1
   uint32_t rows;      // of its row block
   uint32_t sequence;
 };
@@ -48,7 +50,7 @@ class Tracer {
     // Once the last tile is done, its row block may be another's.
     const RowBlock* block = tile ? &c_.ws.ring[work.index] : nullptr;
     const uint64_t now = P::now_ns();
-    buffer_->current = {now, 0, now, uint32_t(work.kind), work.index, work.part, block ? block->local_expert : -1,
+    buffer_->current = {now, 0, now, uint32_t(work.kind), work.index, work.part, block ? block->local_expert : work.kind == WorkKind::kGradTile ? work.index : -1,
                         block ? block->num_rows : 0, block ? block->sequence : 0};
   }
   // Before others are told that the work is done. `loads_ns`: if others loaded for this worker.

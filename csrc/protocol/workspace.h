@@ -8,7 +8,7 @@
 namespace flashmoe {
 
 // Why a call ended early. The first to notice writes it; everyone leaves the loop.
-enum class Phase : uint32_t { kNone, kHeader, kChunk, kResults, kQuiet };
+enum class Phase : uint32_t { kNone, kHeader, kChunk, kResults, kRelease, kQuiet };
 enum class Failure : uint32_t { kNone, kTimeout, kPeerDied, kPeerAborted, kOtherCall, kBadId };
 
 struct Status {
@@ -45,6 +45,7 @@ struct Counters {
   uint32_t scheduler_lock, scheduler_done;
   uint32_t blocks_done;
   uint32_t combine_head, combine_done;
+  uint32_t grad_head, grads_done, release_claimed, released;  // of a backward call
   uint32_t stopped;            // workers, where they do not end together
   uint32_t pairs_from_bad_id;  // to the last, where ids are only read as the call begins; 0 if none is bad
   uint32_t quiet, settling;             // where all workers share a transport: how far they have come with asking it …
@@ -60,6 +61,12 @@ FLASHMOE_HD inline size_t packet_stage_bytes(const HeapLayout& layout) {
 }
 FLASHMOE_HD inline size_t stage_bytes(const HeapLayout& layout, uint32_t ring_blocks) {
   return packet_stage_bytes(layout) + size_t(ring_blocks) * kBlockM * layout.limits.max_wire_bytes;
+}
+
+// Floats of one row of `hidden` in a backward call: the gradients of gate and up, the activated hidden row, and parts of
+// its product with their gradient, one for each up tile, which is 16 columns wide or more.
+FLASHMOE_HD inline size_t backward_hidden_width(const Call& call) {
+  return size_t(call.up_rows()) + call.intermediate_size + ceil_div(call.intermediate_size, 16);
 }
 
 struct Workspace {
@@ -80,6 +87,8 @@ struct Workspace {
   uint32_t* dealt;           // [plan_warps, num_experts] scratch: rows of each position that lie before the warp's next
   uint32_t* slots_before;    // [num_tokens · top_k + 1] scratch: slots of all destinations before that of each row
 
+  float* row_weight;         // [num_tokens · top_k] top-k weight of each result row; of a backward call, as is …
+
   // What the sources sent (subscriber). Sources in canonical order.
   uint32_t* entry_begin;   // [ep_size, num_local_experts + 1] the packets' own prefix sums
   uint32_t* row_offset;    // [ep_size + 1, num_local_experts] where a source's rows begin in the canonical list;
@@ -95,7 +104,12 @@ struct Workspace {
   uint32_t* ring_free;     // [ring_blocks] sequence number of the block that may use the slot next
   Bundle* bundles;         // [num_bundle_places] of each block
   uint64_t* down_entries;  // [num_down_places]
-  float* hidden;           // [ring_blocks, kBlockM, hidden_stride] activated up-tile outputs, of the engine's type
+  float* hidden;           // [ring_blocks, kBlockM, hidden_stride] activated up-tile outputs, of the engine's type; of
+                           // a backward call see protocol/backward.h
+  uint32_t* first_block;   // [num_local_experts] … the list of each expert's row blocks, by sequence number:
+  uint32_t* last_block;    // [num_local_experts] published so far
+  uint32_t* following;     // [ring_blocks] the expert's next block
+  uint32_t* blocks_ready;  // [num_local_experts] those whose up tiles have ended
 
   // Only where peers are not mapped: which blocks' results are on their way, and what travels, until it has landed.
   uint32_t* ring_sent;      // [ring_blocks] the sequence number that ring_free will have once the results have landed
@@ -113,9 +127,12 @@ struct Workspace {
     const size_t tokens = call.num_tokens, pairs = tokens * call.top_k;
     const size_t most_rows = pairs + (ep_size - 1) * layout.max_result_rows;
     const size_t most_blocks = most_rows / kBlockM + (local < most_rows ? local : most_rows) + 1;
-    ring_blocks = uint32_t(most_blocks < machine.max_ring_blocks ? most_blocks : machine.max_ring_blocks);
+    // Weight gradients are sums over all rows of an expert: what they are made of stays until the end of the call.
+    const bool backward = call.tag.backward(), bounded = !backward && machine.max_ring_blocks < most_blocks;
+    ring_blocks = uint32_t(bounded ? machine.max_ring_blocks : most_blocks);
     num_workers = machine.num_workers;
-    hidden_stride = round_up(size_t(call.intermediate_size) * machine.hidden_bytes, 64) / sizeof(float);
+    const size_t width = backward ? backward_hidden_width(call) : call.intermediate_size;
+    hidden_stride = round_up(width * machine.hidden_bytes, 64) / sizeof(float);
 
     auto region = [&]<class T>(T*& pointer, size_t count) {
       pointer = base ? reinterpret_cast<T*>(base + bytes) : nullptr;
@@ -134,6 +151,7 @@ struct Workspace {
     region(num_slots, ep_size);
     region(dealt, machine.plan_warps * experts);
     region(slots_before, pairs + 1);
+    region(row_weight, backward ? pairs : 0);
     region(entry_begin, ep_size * (local + 1));
     region(row_offset, (ep_size + 1) * local);
     region(run_signal, ep_size * local);
@@ -145,6 +163,10 @@ struct Workspace {
     region(ring_free, ring_blocks);
     region(bundles, num_bundle_places(ring_blocks));
     region(down_entries, num_down_places(ring_blocks));
+    region(first_block, backward ? local : 0);
+    region(last_block, backward ? local : 0);
+    region(following, backward ? ring_blocks : 0);
+    region(blocks_ready, backward ? local : 0);
     region(hidden, ring_blocks * kBlockM * hidden_stride);
     ring_sent = ring_landing = nullptr, packet_stage = result_stage = nullptr;
     if (!machine.staged) return;
@@ -154,7 +176,7 @@ struct Workspace {
       packet_stage = machine.stage, result_stage = machine.stage + packet_stage_bytes(layout);
     } else {
       region(packet_stage, packet_stage_bytes(layout));
-      region(result_stage, ring_blocks * kBlockM * call.row_bytes());
+      region(result_stage, ring_blocks * kBlockM * call.result_bytes());
     }
   }
 
@@ -170,6 +192,7 @@ struct Workspace {
     for (int i = group.rank(); i < call.ep_size; i += group.size()) num_chunks[i] = chunks_ready[i] = 0;
     for (int i = group.rank(); i < call.ep_size * kTrafficKinds; i += group.size()) sent[i] = 0;
     for (int e = group.rank(); e < call.num_local_experts(); e += group.size()) row_offset[e] = next_block[e] = 0;
+    for (int e = group.rank(); call.tag.backward() && e < call.num_local_experts(); e += group.size()) blocks_ready[e] = 0;
     for (uint32_t r = group.rank(); r < ring_blocks; r += group.size()) {
       ring_free[r] = r;
       if (ring_sent) ring_sent[r] = r;
@@ -186,13 +209,20 @@ struct Context {
   Workspace& ws;
   P& platform;
 
+  FLASHMOE_HD bool backward() const {
+    if constexpr (P::kBackward) return call.tag.backward();
+    return false;
+  }
+  FLASHMOE_HD size_t slot_bytes() const { return backward() ? call.slot_bytes() : call.row_bytes(); }
+  FLASHMOE_HD size_t result_bytes() const { return backward() ? call.result_bytes() : call.row_bytes(); }
+
   FLASHMOE_HD std::byte* header_stage(int pe) const {
     if (!ws.packet_stage || pe == call.ep_rank) return nullptr;
     return ws.packet_stage + HeapLayout::peer_index(call.ep_rank, pe) * (layout.header_stride + layout.inbox_stride);
   }
   FLASHMOE_HD std::byte* inbox_stage(int pe, size_t slot) const {
     std::byte* stage = header_stage(pe);
-    return stage ? stage + layout.header_stride + slot * call.row_bytes() : nullptr;
+    return stage ? stage + layout.header_stride + slot * slot_bytes() : nullptr;
   }
 };
 

@@ -15,8 +15,8 @@ inline std::string describe_tag(const CallTag& t) {
   static constexpr const char* kDTypes[] = {"float32", "bfloat16", "float16"};
   static constexpr const char* kActivations[] = {"silu", "gelu", "gelu_tanh", "relu"};
   std::ostringstream s;
-  s << "layer " << t.layer << " (hidden_size " << t.hidden_size << ", intermediate_size " << t.intermediate_size
-    << ", num_experts " << t.num_experts << ", " << kDTypes[t.dtype % 3] << ", " << (t.gated ? "gated " : "")
+  s << (t.backward() ? "the backward pass of " : "") << "layer " << t.layer << " (hidden_size " << t.hidden_size << ", intermediate_size " << t.intermediate_size
+    << ", num_experts " << t.num_experts << ", " << kDTypes[t.dtype % 3] << ", " << (t.gated() ? "gated " : "")
     << kActivations[t.activation % 4] << ", biases " << int(t.has_bias) << ", placement " << std::hex << t.placement << ")";
   return s.str();
 }
@@ -36,6 +36,7 @@ inline std::string describe_wait(const Status& status, int rank, const RankNames
     case Phase::kHeader: s << "the packet header of " << name(status.peer); break;
     case Phase::kChunk: s << "token rows of " << name(status.peer); break;
     case Phase::kResults: s << "results of " << name(status.peer) << ", its expert " << status.expert; break;
+    case Phase::kRelease: s << "the weight gradients of " << name(status.peer) << " from this rank's tokens"; break;
     case Phase::kQuiet: return "its own transfers to " + (status.peer == rank ? "land" : name(status.peer) + " to land");
     case Phase::kNone: return "nothing";
   }

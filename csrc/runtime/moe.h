@@ -69,6 +69,9 @@ class Group {
 
   // Blocks until y is complete. std::invalid_argument: nothing was sent. PeerError: the group has failed.
   void forward(const ForwardArgs& args);
+  // The gradients of the forward call with these arguments, args.y being that of x; all ranks make it, as that one. What
+  // the forward call made is computed again.
+  void backward(const ForwardArgs& args, const Gradients& grad);
 
   // From the next call on the timeline of each is kept until the following one: at most so many events of a worker.
   void set_trace(uint32_t max_events);

@@ -3,15 +3,15 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <cstring>
 #include <functional>
 #include <mutex>
 
 #include "engine/cpu.h"
 #include "platform/host.h"
 #include "platform/rehearsal_network.h"
+#include "protocol/backward_crew.h"
 #include "protocol/moe_kernel.h"
+#include "runtime/buffer.h"
 #include "runtime/check.h"
 #include "runtime/failure_report.h"
 #include "runtime/worker_pool.h"
@@ -20,34 +20,8 @@ namespace flashmoe {
 namespace {
 
 static_assert(TileEngine<CpuEngine>);
-using HostKernel = MoeKernel<HostPlatform, CpuEngine>;
-
-// Zeroed memory that starts on a cache line; grows, never shrinks.
-class Buffer {
- public:
-  std::byte* at_least(size_t bytes) {
-    if (bytes > bytes_) {
-      data_.reset();
-      bytes_ = round_up(std::max(bytes, bytes_ + bytes_ / 2), 4096);
-      data_.reset(static_cast<std::byte*>(std::aligned_alloc(4096, bytes_)));
-      if (!data_) {
-        bytes_ = 0;
-        throw std::bad_alloc();
-      }
-      std::memset(data_.get(), 0, bytes_);
-    }
-    return data_.get();
-  }
-  std::byte* data() const { return data_.get(); }
-  size_t bytes() const { return bytes_; }
-
- private:
-  struct Free {
-    void operator()(std::byte* p) const { std::free(p); }
-  };
-  std::unique_ptr<std::byte, Free> data_;
-  size_t bytes_ = 0;
-};
+using ForwardKernel = MoeKernel<HostPlatform, CpuEngine>;
+using BackwardKernel = MoeKernel<HostPlatform, CpuEngine, BackwardCrewOfOne<HostPlatform, CpuEngine>>;
 
 // Thirty years are no different from for ever, and still fit the word.
 uint64_t nanoseconds(double seconds) { return uint64_t(std::min(seconds, 1e9) * 1e9); }
@@ -78,16 +52,19 @@ class Group::Impl {
   // Only the descriptors go, so that the child keeps nobody's memory alive.
   void forget() { options_.keep.clear(); }
 
-  void forward(const ForwardArgs& args) {
+  // `grad`: of a backward call, else null.
+  void call(const ForwardArgs& args, const Gradients* grad) {
     if (!made_here())
       throw std::runtime_error("flashmoe group '" + options_.name + "' was made by process " + std::to_string(process_) +
                                ": a forked child has neither its threads nor its memory, and makes a group of its own");
     std::lock_guard lock(mutex_);
     if (failure_) throw PeerError(*failure_);
     const bool alone = options_.limits.ep_size == 1;
-    check_shapes(args, options_.limits, alone && options_.keep.empty());
-    Call call = make_call(args);
-    if (alone && options_.keep.empty()) grow(call);
+    const bool grows = alone && options_.keep.empty();
+    check_shapes(args, options_.limits, grows);
+    if (grad && !grows && !options_.limits.backward) bad_argument("flashmoe group '", options_.name, "' has no memory for backward calls");
+    const Call call = make_call(args, grad);
+    if (grows) grow(call);
 
     const Machine machine{.staged = platform_->staged(), .num_workers = uint32_t(num_workers_)};
     Workspace ws(call, layout_, machine, workspace_.at_least(Workspace(call, layout_, machine, nullptr).bytes));
@@ -144,9 +121,9 @@ class Group::Impl {
   void grow(const Call& call) {
     Limits& l = options_.limits;
     const int results = call.num_tokens * call.top_k;
-    const Limits grown{1, std::max(l.max_tokens, results), 0, 1, std::max(l.max_experts, call.num_experts)};
+    const Limits grown{1, std::max(l.max_tokens, results), 0, 1, std::max(l.max_experts, call.num_experts), true};
     const HeapLayout layout(grown);
-    const size_t bytes = layout.results + size_t(results) * call.row_bytes();
+    const size_t bytes = layout.results + size_t(results) * call.result_bytes();
     if (platform_ && grown.max_tokens == l.max_tokens && grown.max_experts == l.max_experts && bytes <= heap_.bytes())
       return;
     // The new table gives old words new meanings, so no old signal may survive: a fresh heap. Nothing is changed
@@ -160,7 +137,7 @@ class Group::Impl {
     connect();
   }
 
-  Call make_call(const ForwardArgs& a) {
+  Call make_call(const ForwardArgs& a, const Gradients* grad) {
     const int ep_size = options_.limits.ep_size;
     ids_.resize(size_t(a.num_tokens) * a.top_k);
     position_.resize(a.num_experts);
@@ -175,7 +152,8 @@ class Group::Impl {
     c.ep_size = ep_size, c.ep_rank = options_.ep_rank, c.epoch = next_epoch(epoch_);
     c.tag = {a.layer, a.hidden_size, a.intermediate_size, a.num_experts,
              placement_digest(position_.data(), rank_begin_.data(), a.num_experts, ep_size), uint8_t(a.dtype),
-             uint8_t(a.activation), uint8_t(a.gated), uint8_t((a.gate_up_bias ? 1 : 0) | (a.down_bias ? 2 : 0))};
+             uint8_t(a.activation), uint8_t(a.gated | (grad ? 2 : 0)), uint8_t((a.gate_up_bias ? 1 : 0) | (a.down_bias ? 2 : 0))};
+    if (grad) c.grad = *grad;
     c.num_tokens = a.num_tokens, c.top_k = a.top_k, c.num_experts = a.num_experts;
     c.hidden_size = a.hidden_size, c.intermediate_size = a.intermediate_size;
     c.dtype = a.dtype, c.activation = a.activation, c.gated = a.gated;
@@ -191,9 +169,11 @@ class Group::Impl {
 
   void run(const Call& call, Workspace& ws) {
     const CpuEngine::Problem problem{call.dtype, call.activation, call.gated, call.hidden_size, call.intermediate_size};
+    const bool backward = call.tag.backward();
     const double work = double(call.num_tokens) * call.top_k * call.hidden_size * (double(call.up_rows()) + call.intermediate_size);
     const int workers = work < kWorkOfOneWorker ? 1 : num_workers_.load();
-    const size_t scratch_bytes = round_up(CpuEngine::scratch_bytes(problem), 4096);
+    const size_t scratch_bytes =
+        round_up(backward ? CpuEngine::backward_scratch_bytes(problem) : CpuEngine::scratch_bytes(problem), 4096);
     std::byte* scratch = scratch_.at_least(scratch_bytes * workers);
     const Deadlines deadlines{nanoseconds(options_.timeout_s), nanoseconds(options_.entry_timeout_s)};
     const Context<HostPlatform> context{call, layout_, ws, *platform_};
@@ -204,8 +184,12 @@ class Group::Impl {
       for (int w = 0; w < workers; ++w) traced_.push_back({events + size_t(w) * max_events_, max_events_, 0});
     }
     const std::function<void(int)> part = [&](int worker) {
-      HostKernel(context, engine_, problem, deadlines, scratch + worker * scratch_bytes,
-                 traced_.empty() ? nullptr : &traced_[worker]).run();
+      TraceBuffer* trace = traced_.empty() ? nullptr : &traced_[worker];
+      std::byte* mine = scratch + worker * scratch_bytes;
+      if (backward)
+        BackwardKernel(context, engine_, problem, deadlines, mine, trace).run();
+      else
+        ForwardKernel(context, engine_, problem, deadlines, mine, trace).run();
     };
     epoch_ = call.epoch;  // from here on nothing throws before the ranks have met in this epoch
     workers_.run(workers, part);
@@ -264,7 +248,8 @@ Group::~Group() {
   impl_->forget();
   impl_.release();
 }
-void Group::forward(const ForwardArgs& args) { impl_->forward(args); }
+void Group::forward(const ForwardArgs& args) { impl_->call(args, nullptr); }
+void Group::backward(const ForwardArgs& args, const Gradients& grad) { impl_->call(args, &grad); }
 void Group::set_trace(uint32_t max_events) { impl_->set_trace(max_events); }
 std::vector<std::vector<TraceEvent>> Group::trace(uint64_t& lost) const { return impl_->trace(lost); }
 GroupStats Group::stats() const { return impl_->stats(); }

@@ -1,0 +1,50 @@
+// Memory of the host runtime.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <new>
+#include <utility>
+
+#include "protocol/config.h"
+
+namespace flashmoe {
+
+// Zeroed memory that starts on a page; grows, never shrinks. It is asked of the system itself, which gives a page when
+// it is first written: what a call might need under the worst skew costs addresses alone.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(Buffer&& o) noexcept : data_(std::exchange(o.data_, nullptr)), bytes_(std::exchange(o.bytes_, 0)) {}
+  Buffer& operator=(Buffer&& o) noexcept {
+    std::swap(data_, o.data_), std::swap(bytes_, o.bytes_);
+    return *this;
+  }
+  ~Buffer() { release(); }
+
+  std::byte* at_least(size_t bytes) {
+    if (bytes > bytes_) {
+      const size_t larger = round_up(std::max(bytes, bytes_ + bytes_ / 2), 4096);
+      release();
+      void* data = mmap(nullptr, larger, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (data == MAP_FAILED) throw std::bad_alloc();
+      data_ = static_cast<std::byte*>(data), bytes_ = larger;
+    }
+    return data_;
+  }
+  std::byte* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  void release() {
+    if (data_) munmap(data_, bytes_);
+    data_ = nullptr, bytes_ = 0;
+  }
+
+  std::byte* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+}  // namespace flashmoe
