@@ -167,9 +167,16 @@ class Group::Impl {
     return c;
   }
 
+  static void prepare_gradients(const Call& call) {
+    const size_t matrix = size_t(call.intermediate_size) * call.row_bytes() * call.num_local_experts();
+    if (call.grad.gate_up_proj) ask_for_large_pages(call.grad.gate_up_proj, (call.gated ? 2 : 1) * matrix);
+    if (call.grad.down_proj) ask_for_large_pages(call.grad.down_proj, matrix);
+  }
+
   void run(const Call& call, Workspace& ws) {
     const CpuEngine::Problem problem{call.dtype, call.activation, call.gated, call.hidden_size, call.intermediate_size};
     const bool backward = call.tag.backward();
+    if (backward) prepare_gradients(call);
     const double work = double(call.num_tokens) * call.top_k * call.hidden_size * (double(call.up_rows()) + call.intermediate_size);
     const int workers = work < kWorkOfOneWorker ? 1 : num_workers_.load();
     const size_t scratch_bytes =
