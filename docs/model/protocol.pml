@@ -4,8 +4,9 @@
  *   s: puts a header or "empty" to d, and its rows in chunks                   begin_call
  *   d: one decider reads the header signal; workers wait for the chunk flags,
  *      read header and rows, put the results back in parts                     proctype serve
- *   s: its results are in, every source is served, its empties are quiet:
- *      the call is over and the next may start at once                         call_over
+ *   d, in a backward call: reads all packets once more and releases them       proctype gradients
+ *   s: its results are in, and its packets released; every source is served,
+ *      its empties are quiet: the call is over, the next may start at once     call_over
  * Nobody clears a signal, nobody waits at a barrier: every signal carries the epoch of its call.
  *
  * Every put is under way on its own. Puts land in any order, and a put reads its payload from the sender's staging
@@ -33,6 +34,9 @@
 #ifndef FANOUT
 #define FANOUT (W - 1)          /* to how many destinations a rank may have rows in one call */
 #endif
+#ifndef BACKWARD
+#define BACKWARD 0              /* 1: each call is forward or backward, for all ranks alike; 0: all are forward */
+#endif
 #ifndef ABORTS
 #define ABORTS 0                /* how many times a rank may give up waiting, at any moment of a call */
 #endif
@@ -40,9 +44,10 @@
 /* What rank a puts into rank b's memory. EMPTY and HEADER write the same signal word. */
 #define EMPTY       0           /* "no rows for you in this epoch": a signal without payload, never answered */
 #define HEADER      1           /* payload: counts and slot lists */
-#define CHUNK(c)    (2 + (c))   /* payload: rows */
-#define RESULT(p)   (2 + CHUNKS + (p))
-#define KINDS       (2 + CHUNKS + PARTS)
+#define RELEASE     2           /* "I have read your packet for the last time": a signal without payload; if BACKWARD */
+#define CHUNK(c)    (2 + BACKWARD + (c))                        /* payload: rows */
+#define RESULT(p)   (2 + BACKWARD + CHUNKS + (p))
+#define KINDS       (2 + BACKWARD + CHUNKS + PARTS)
 
 #define PAIRS           (W * (W - 1))
 #define PAIR(a, b)      ((a) * (W - 1) + (b) - ((b) > (a)))     /* of two different ranks */
@@ -73,6 +78,13 @@ bit  has_rows[PAIRS];           /* PAIR(s, d): in its current call s has rows fo
 byte block[W * RING];           /* result staging: TAG of what lies there */
 byte block_readers[W * RING];   /* puts under way that read it; quiet tells when there are none */
 byte empties[W];                /* EMPTY puts under way; likewise */
+#if BACKWARD
+bit  backward[W];               /* its current call */
+bit  released[W];               /* in its current call: the sources have been told, or it is forward */
+#ifdef BREAK_RELEASE_CONSUMED
+bit  last_read[W];              /* likewise: the gradients have been made */
+#endif
+#endif
 byte aborts_left = ABORTS;
 
 /* What d knows of s in its current call: PAIR(d, s). */
@@ -107,6 +119,9 @@ hidden byte i, j, k, e;
 #define under_way(a, b, kind)   (issued[WORD(a, b, kind)] | landed[WORD(a, b, kind)])
 #define current(a, b, kind)     (signal[WORD(a, b, kind)] == epoch[b])
 
+#define all_ranks(property)     (property(0) && property(1) && property(W - 1))         /* W is 2 or 3 */
+#define some_rank(property)     (property(0) || property(1) || property(W - 1))
+
 inline put(a, b, kind) {
 #ifdef STRICT                   /* consequence of the rules: no word is the target of two puts at once */
   assert(!under_way(a, b, kind) && (kind > HEADER || !(under_way(a, b, EMPTY) | under_way(a, b, HEADER))));
@@ -121,6 +136,9 @@ inline name(kind) {             /* for traces */
   if
   :: kind == EMPTY -> printf("put %d->%d of call %d, empty: ", a, b, e)
   :: kind == HEADER -> printf("put %d->%d of call %d, header: ", a, b, e)
+#if BACKWARD
+  :: kind == RELEASE -> printf("put %d->%d of call %d, release: ", a, b, e)
+#endif
   :: kind >= RESULT(0) -> printf("put %d->%d of call %d, result part %d: ", a, b, e, kind - RESULT(0))
   :: else -> printf("put %d->%d of call %d, chunk %d: ", a, b, e, kind - CHUNK(0))
   fi
@@ -226,6 +244,9 @@ proctype network(byte a, b) {
 end:
   do
   IN_ANY_ORDER(SIGNAL_ALONE, EMPTY)
+#if BACKWARD
+  IN_ANY_ORDER(SIGNAL_ALONE, RELEASE)
+#endif
   DELIVER(HEADER)
   DELIVER(CHUNK(0))
 #if CHUNKS > 1
@@ -252,18 +273,18 @@ end:
 #define header_says     (current(s, d, HEADER) && header_rows[PAIR(s, d)] -> ROWS : NO_ROWS)
 
 #ifdef BREAK_EQUALITY
-#define chunk_here(c)   (signal[WORD(s, d, CHUNK(c))] != 0)
+#define chunk_here(s, c) (signal[WORD(s, d, CHUNK(c))] != 0)
 #else
-#define chunk_here(c)   current(s, d, CHUNK(c))
+#define chunk_here(s, c) current(s, d, CHUNK(c))
 #endif
 /* Part 0 needs only the first chunk, the last part needs all: an early expert starts while late rows travel, and
  * both read the rows that their experts share. */
 #define LAST(p)         ((p) == PARTS - 1)
-#define chunks_here(p)  (chunk_here(0) && (!LAST(p) || chunk_here(CHUNKS - 1)))
+#define chunks_here(s, p) (chunk_here(s, 0) && (!LAST(p) || chunk_here(s, CHUNKS - 1)))
 
 /* Called at the last moment at which a part may still be reading. Checking only then misses nothing: a payload lands
  * once, so what was overwritten while the part read it is wrong for good. */
-inline read_packet(p) {
+inline read_packet(s, p) {
   printf("rank %d reads the packet of %d for part %d\n", d, s, p);
   assert(region[WORD(s, d, HEADER)] == epoch[d]);
   assert(region[WORD(s, d, CHUNK(0))] == epoch[d]);
@@ -284,9 +305,9 @@ inline read_packet(p) {
 #define READ_BEFORE_REPLY(p) skip
 #define READ_AFTER_REPLY(p) \
   :: d_step { working && (sent[PAIR(d, s)] & BIT(p)) && !(consumed[PAIR(d, s)] & BIT(p)) -> \
-       read_packet(p); consumed[PAIR(d, s)] = consumed[PAIR(d, s)] | BIT(p) }
+       read_packet(s, p); consumed[PAIR(d, s)] = consumed[PAIR(d, s)] | BIT(p) }
 #else
-#define READ_BEFORE_REPLY(p) read_packet(p)
+#define READ_BEFORE_REPLY(p) read_packet(s, p)
 #define READ_AFTER_REPLY(p)
 #endif
 
@@ -294,16 +315,16 @@ inline read_packet(p) {
  * to land later. Seeing the flags is a step of its own; with -DMERGE it comes just before the reading. */
 #ifdef MERGE
 #define SEE_CHUNKS(p)
-#define chunks_seen(p)  chunks_here(p)
+#define chunks_seen(s, p) chunks_here(s, p)
 #else
 #define SEE_CHUNKS(p) \
-  :: d_step { working && !(ready[PAIR(d, s)] & BIT(p)) && chunks_here(p) -> \
+  :: d_step { working && !(ready[PAIR(d, s)] & BIT(p)) && chunks_here(s, p) -> \
        printf("rank %d sees the chunks of %d for part %d\n", d, s, p); \
        ready[PAIR(d, s)] = ready[PAIR(d, s)] | BIT(p) }
-#define chunks_seen(p)  (ready[PAIR(d, s)] & BIT(p))
+#define chunks_seen(s, p) (ready[PAIR(d, s)] & BIT(p))
 #endif
 #define REPLY(p) \
-  :: d_step { working && chunks_seen(p) && !(sent[PAIR(d, s)] & BIT(p)) && in_turn(p) && block_quiet(p) -> \
+  :: d_step { working && chunks_seen(s, p) && !(sent[PAIR(d, s)] & BIT(p)) && in_turn(p) && block_quiet(p) -> \
        READ_BEFORE_REPLY(p); \
        printf("rank %d stages result part %d for %d and puts it\n", d, p, s); \
        block[BLOCK(d, p)] = TAG(epoch[d], s, p); block_readers[BLOCK(d, p)]++; \
@@ -335,6 +356,69 @@ end:
 }
 
 
+/* ---- the destination of a backward call: its weight gradients, sums over the rows of all sources ------------- */
+
+#if BACKWARD
+#define all_decided     all_ranks(decided)
+#define decided(s)      (s == d || verdict[PAIR(d, s)] != UNDECIDED)
+/* What was made of a row on the way to its result goes into the sums, too. That its result was put is not asked for. */
+#define all_rows_here   all_ranks(rows_here)
+#define rows_here(s)    (s == d || verdict[PAIR(d, s)] == NO_ROWS || (chunks_seen(s, 0) && chunks_seen(s, PARTS - 1)))
+
+inline read_packets() {
+  printf("rank %d makes its weight gradients\n", d);
+  for (j : 0 .. W - 1) {
+    if
+    :: j != d ->
+       if
+       :: verdict[PAIR(d, j)] == ROWS -> read_packet(j, 0); read_packet(j, PARTS - 1)
+       :: else
+       fi
+    :: else
+    fi
+  };
+  skip
+}
+
+#ifdef BREAK_RELEASE_NO_ROWS
+#define owed_a_release(s) true
+#else
+#define owed_a_release(s) (verdict[PAIR(d, s)] == ROWS)
+#endif
+inline release_packets() {
+  for (j : 0 .. W - 1) {
+    if
+    :: j != d ->
+       if
+       :: owed_a_release(j) -> printf("rank %d releases the packet of %d\n", d, j); put(d, j, RELEASE)
+       :: else
+       fi
+    :: else
+    fi
+  };
+  released[d] = 1
+}
+
+#define may_release     (phase[d] == RUNNING && !released[d] && all_decided)
+
+/* The last read of all packets and the words that say so are one step, for the reasons given at REPLY. Each rank
+ * chooses whether it wants weight gradients. One that wants none reads no packet again, and may tell at once: the
+ * sources also wait for the replies. */
+proctype gradients(byte d) {
+end:
+  do
+#ifdef BREAK_RELEASE_CONSUMED
+  :: d_step { may_release && all_rows_here -> release_packets() }
+  :: d_step { phase[d] == RUNNING && released[d] && !last_read[d] -> read_packets(); last_read[d] = 1 }
+#else
+  :: d_step { may_release && all_rows_here -> read_packets(); release_packets() }
+  :: d_step { may_release -> release_packets() }
+#endif
+  od
+}
+#endif
+
+
 /* ---- the rank ------------------------------------------------------------------------------------------------- */
 
 #if defined(BREAK_FLAG_COUNTER)
@@ -345,6 +429,24 @@ end:
 #define all_parts_in(d) (current(d, r, RESULT(0)) && current(d, r, RESULT(PARTS - 1)))
 #endif
 #define results_in(d)   (d == r || !has_rows[PAIR(r, d)] || all_parts_in(d))
+
+#if BACKWARD
+#if defined(BREAK_RELEASE)
+#define release_in(d)   true
+#elif defined(BREAK_RELEASE_EQUALITY)
+#define release_in(d)   (d == r || !has_rows[PAIR(r, d)] || signal[WORD(d, r, RELEASE)])
+#else
+#define release_in(d)   (d == r || !has_rows[PAIR(r, d)] || current(d, r, RELEASE))
+#endif
+#ifdef BREAK_RELEASE_CONSUMED
+#define gradients_made  (released[r] && last_read[r])
+#else
+#define gradients_made  released[r]
+#endif
+#define all_released    (!backward[r] || (gradients_made && all_ranks(release_in)))
+#else
+#define all_released    true
+#endif
 
 #if defined(BREAK_SERVE)
 #define packet_served(s) true
@@ -363,8 +465,7 @@ end:
 #define empties_quiet   (!empties[r])
 #endif
 
-#define all_ranks(property) (property(0) && property(1) && property(W - 1))     /* W is 2 or 3 */
-#define call_over       (all_ranks(results_in) && all_ranks(served) && empties_quiet)
+#define call_over       (all_ranks(results_in) && all_released && all_ranks(served) && empties_quiet)
 
 /* The combine reads the results, at the latest when the call ends. */
 inline check_results() {
@@ -435,9 +536,28 @@ inline forget_oldest_epoch() {
   skip
 }
 
+/* All ranks make the same call: the first to begin it chooses of which kind it is. */
+inline choose_kind() {
+#if BACKWARD
+#define in_this_call(p) (p != r && epoch[p] == epoch[r])
+#define backward_in_this_call(p) (in_this_call(p) && backward[p])
+  if
+  :: some_rank(in_this_call) -> backward[r] = some_rank(backward_in_this_call)
+  :: !some_rank(in_this_call) -> printf("rank %d makes call %d a forward call\n", r, epoch[r]); backward[r] = 0
+  :: !some_rank(in_this_call) -> printf("rank %d makes call %d a backward call\n", r, epoch[r]); backward[r] = 1
+  fi;
+  released[r] = !backward[r];
+#ifdef BREAK_RELEASE_CONSUMED
+  last_read[r] = !backward[r];
+#endif
+#endif
+  skip
+}
+
 /* One step for all puts of a call: until a put lands nobody can tell whether it has been issued. */
 inline begin_call() {
   epoch[r]++;
+  choose_kind();
   k = 0;
   for (j : 0 .. W - 1) {
     if
@@ -525,6 +645,10 @@ init {
     for (i : 0 .. PAIRS - 1) { verdict[i] = NO_ROWS }   /* epoch 0: a call without rows, which is over */
     for (i : 0 .. W - 1) {
       run rank(i);
+#if BACKWARD
+      released[i] = 1;
+      run gradients(i);
+#endif
       for (j : 0 .. W - 1) {
         if
         :: i != j -> run network(i, j); run serve(i, j)
