@@ -35,7 +35,8 @@ class Agent {
 
   FLASHMOE_ROLE bool failed() const { return P::load_acquire(&c_.ws.status->failure); }
 
-  // My results are in, every source of this epoch is served, and nothing of mine is still under way: a packet
+  // My results are in, every source of this epoch is served, and in a backward call my weight gradients are made and my
+  // packets released; and nothing of mine is still under way: a packet
   // without rows has no reply that would keep the next call's from overtaking it (design D5).
   template <LaneGroup Lanes>
   FLASHMOE_ROLE bool done(const Lanes& lanes) {

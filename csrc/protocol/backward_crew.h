@@ -2,6 +2,7 @@
 // BackwardEngine.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 
 #include "protocol/backward.h"
@@ -12,7 +13,7 @@ namespace flashmoe {
 template <BackwardEngine E>
 TileShape backward_tile_shape(const Call& call, const typename E::Problem& problem) {
   TileShape tiles = tile_shape<E>(call, problem);
-  tiles.grad_tiles = GradTiles(call, E::kGradRows, E::kGradCols).count();
+  tiles.grad_tiles = std::max(1u, GradTiles(call, E::kGradRows, E::kGradCols).count());
   return tiles;
 }
 
@@ -37,8 +38,7 @@ class BackwardCrewOfOne {
       case WorkKind::kUpTile: return compute_up(work);
       case WorkKind::kDownTile: return compute_down(work);
       case WorkKind::kGradTile: return compute_gradient(work);
-      case WorkKind::kCombine: return combine(work);
-      default: return;  // to be told, and no more
+      default: return combine(work);
     }
   }
   void finish(const Work& work) { is_of_dispatcher(work.kind) ? dispatcher_.finish(work) : processor_.finish(work); }
@@ -80,7 +80,9 @@ class BackwardCrewOfOne {
 
   void compute_gradient(const Work& work) {
     const Call& call = c_.call;
-    const GradTile tile = GradTiles(call, E::kGradRows, E::kGradCols).at(uint32_t(work.part));
+    const GradTiles tiles(call, E::kGradRows, E::kGradCols);
+    if (tiles.count() == 0) return;
+    const GradTile tile = tiles.at(uint32_t(work.part));
     engine_.begin_gradient(tile, scratch_);
     for_each_block_of(c_, uint32_t(work.index), [&](uint32_t ring_slot) {
       Gathered gathered;

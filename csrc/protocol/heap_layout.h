@@ -15,7 +15,7 @@ struct HeapLayout {
   size_t max_chunks, max_result_rows, max_result_signals;
   size_t header_stride, inbox_stride;
   // offsets in the heap
-  size_t abort, release_signal, header_signal, chunk_signal, result_signal, header, inbox, results;
+  size_t abort, header_signal, chunk_signal, result_signal, release_signal, header, inbox, results;
   size_t bytes;
 
   FLASHMOE_HD explicit HeapLayout(const Limits& l) : limits(l) {
@@ -34,10 +34,10 @@ struct HeapLayout {
       return begin;
     };
     abort = region(sizeof(uint64_t) * ep_size);
-    release_signal = region(sizeof(uint64_t) * ep_size);
     header_signal = region(sizeof(uint64_t) * ep_size);
     chunk_signal = region(sizeof(uint64_t) * ep_size * max_chunks);
     result_signal = region(sizeof(uint64_t) * max_result_signals);
+    release_signal = region(l.backward ? sizeof(uint64_t) * l.max_experts : 0);
     header = region(header_stride * peers);
     inbox = region(inbox_stride * peers);
     results = region(max_result_rows * (l.backward ? backward_result_bytes(l.max_wire_bytes) : l.max_wire_bytes));
@@ -45,12 +45,12 @@ struct HeapLayout {
   }
 
   FLASHMOE_HD size_t abort_at(int from) const { return abort + sizeof(uint64_t) * from; }
-  FLASHMOE_HD size_t release_signal_at(int from) const { return release_signal + sizeof(uint64_t) * from; }
   FLASHMOE_HD size_t header_signal_at(int source) const { return header_signal + sizeof(uint64_t) * source; }
   FLASHMOE_HD size_t chunk_signal_at(int source, int chunk) const {
     return chunk_signal + sizeof(uint64_t) * (source * max_chunks + chunk);
   }
   FLASHMOE_HD size_t result_signal_at(uint32_t index) const { return result_signal + sizeof(uint64_t) * index; }
+  FLASHMOE_HD size_t release_signal_at(int position) const { return release_signal + sizeof(uint64_t) * position; }
   FLASHMOE_HD size_t header_at(int owner, int source) const {
     return header + header_stride * peer_index(owner, source);
   }

@@ -29,10 +29,9 @@ class Processor {
   // Tells the others that `work` is done; by one thread, once all who wrote its results have met.
   FLASHMOE_ROLE void finish(const Work& work) {
     if (work.kind == WorkKind::kGradTile) {
-      P::fetch_add(&c_.ws.counters->grads_done, 1);
+      if (P::fetch_add(&c_.ws.grads_done[work.index], 1) + 1 == tiles_.grad_tiles) release_expert(work.index);
       return;
     }
-    if (work.kind == WorkKind::kRelease) return release_packets();
     RowBlock& block = c_.ws.ring[work.index];
     // Each tile releases its columns into the counter; the last arriver acquires them all and hands them on.
     if (work.kind == WorkKind::kUpTile) {
@@ -52,16 +51,16 @@ class Processor {
     return P::load_acquire(&c_.ws.counters->combine_done) == uint32_t(c_.call.num_combine_tasks());
   }
 
-  // My weight gradients are there, and nobody reads my packets any more.
+  // My weight gradients are there, and nobody reads my packets any more. Once the plan is there.
   FLASHMOE_ROLE bool all_released() const {
     if (!c_.backward()) return true;
-    if (!P::load_acquire(&c_.ws.counters->released)) return false;
-    for (int pe = 0; pe < c_.call.ep_size; ++pe)
-      if (!is_released_by(pe)) return false;
+    if (P::load_acquire(&c_.ws.counters->experts_released) != uint32_t(c_.call.num_local_experts())) return false;
+    for (int position = 0; position < c_.call.num_experts; ++position)
+      if (awaits_release(position)) return false;
     return true;
   }
 
-  // Runs of my results that have come so far, from all ranks. They come in the order of their experts, not of my
+  // Runs of my results that have come so far, and releases, from all ranks. They come in the order of their experts, not of my
   // tokens, so a combine may wait for the last of them while all others arrive.
   template <LaneGroup Lanes>
   FLASHMOE_ROLE uint32_t runs_here(const Lanes& lanes) const {
@@ -87,9 +86,14 @@ class Processor {
       seen = c_.platform.test_signal(c_.layout.result_signal_at(c_.ws.segment_signal[position]));
       return true;
     }
-    if (!c_.backward() || is_released_by(peer)) return false;
-    phase = Phase::kRelease, expert = -1, seen = c_.platform.test_signal(c_.layout.release_signal_at(peer));
-    return true;
+    if (!c_.backward()) return false;
+    for (int position = call.rank_begin[peer]; position < call.rank_begin[peer + 1]; ++position) {
+      if (!awaits_release(position)) continue;
+      phase = Phase::kRelease, expert = position - call.rank_begin[peer];
+      seen = c_.platform.test_signal(c_.layout.release_signal_at(position));
+      return true;
+    }
+    return false;
   }
 
  private:
@@ -107,45 +111,46 @@ class Processor {
     return {};
   }
 
-  // The weight gradients of experts whose rows have all gone through their up tiles, then the word that all are made.
+  // Weight gradients of the experts in turn, each once its rows have all gone through their up tiles.
   FLASHMOE_ROLE Work next_gradient() {
     Counters& n = *c_.ws.counters;
     if (P::load_acquire(&n.headers_known) != uint32_t(c_.call.ep_size)) return {};
     const uint32_t tiles = tiles_.grad_tiles, all = tiles * uint32_t(c_.call.num_local_experts());
     if (grad_ticket_ == kNoTicket) {
       const uint32_t head = P::load_relaxed(&n.grad_head);
-      if (head < all && expert_is_ready(head / tiles)) grad_ticket_ = P::fetch_add_relaxed(&n.grad_head, 1);
+      if (head >= all || !expert_is_ready(head / tiles)) return {};
+      grad_ticket_ = P::fetch_add_relaxed(&n.grad_head, 1);
     }
-    if (grad_ticket_ < all && expert_is_ready(grad_ticket_ / tiles)) {
-      const Work work{WorkKind::kGradTile, int32_t(grad_ticket_ / tiles), int32_t(grad_ticket_ % tiles)};
-      grad_ticket_ = kNoTicket;
-      return work;
-    }
-    if (P::load_acquire(&n.grads_done) != all || P::load_acquire(&n.release_claimed)) return {};
-    return {P::compare_exchange(&n.release_claimed, 0, 1) ? WorkKind::kRelease : WorkKind::kNone, 0, 0};
+    if (grad_ticket_ >= all || !expert_is_ready(grad_ticket_ / tiles)) return {};
+    const Work work{WorkKind::kGradTile, int32_t(grad_ticket_ / tiles), int32_t(grad_ticket_ % tiles)};
+    grad_ticket_ = kNoTicket;
+    return work;
   }
 
   FLASHMOE_ROLE bool expert_is_ready(uint32_t expert) const {
     return P::load_acquire(&c_.ws.blocks_ready[expert]) == ceil_div<uint32_t>(rows_of_expert(c_, expert), kBlockM);
   }
 
-  // In a backward call a reply does not mean consumed: weight gradients are sums over the rows of packets that were
-  // replied to long ago. So each source hears when the last was made; until then its call does not end.
-  FLASHMOE_ROLE void release_packets() {
+  // In a backward call a reply does not mean consumed: weight gradients are sums over rows that were replied to long ago.
+  // So a source hears of each of its segments when it is read no more, and its call does not end before.
+  FLASHMOE_ROLE void release_expert(int expert) {
     const Call& call = c_.call;
     const int experts = call.num_local_experts();
+    const size_t signal = c_.layout.release_signal_at(call.rank_begin[call.ep_rank] + expert);
     for (int i = 1; i < call.ep_size; ++i)
-      if (c_.ws.entry_begin[i * (experts + 1) + experts])
-        c_.platform.commit(call.canonical_source(i), 0, nullptr, 0, c_.layout.release_signal_at(call.ep_rank),
-                           make_signal(call.epoch, 0), Traffic::kSignal);
-    P::store_release(&c_.ws.counters->released, 1);
+      if (c_.ws.row_offset[(i + 1) * experts + expert] != c_.ws.row_offset[i * experts + expert])
+        c_.platform.commit(call.canonical_source(i), 0, nullptr, 0, signal, make_signal(call.epoch, 0), Traffic::kSignal);
+    P::fetch_add(&c_.ws.counters->experts_released, 1);
   }
-  // Once the plan is there.
-  FLASHMOE_ROLE bool is_released_by(int pe) const {
-    return pe == c_.call.ep_rank || packet_entries(c_.call, c_.ws, pe) == 0 || is_of_this_call(c_.layout.release_signal_at(pe));
+  // My rows went to that expert, of another rank, and are still read there.
+  FLASHMOE_ROLE bool awaits_release(int position) const {
+    const Call& call = c_.call;
+    const bool mine = call.rank_begin[call.ep_rank] <= position && position < call.rank_begin[call.ep_rank + 1];
+    const bool sent = !mine && c_.ws.segment_row[position + 1] != c_.ws.segment_row[position];
+    return sent && !is_of_this_call(c_.layout.release_signal_at(position));
   }
 
-  // A reply means consumed: after the last run of a packet nothing of it is read here any more (design D5).
+  // In a forward call a reply means consumed: after the last run of a packet nothing of it is read here (design D5).
   FLASHMOE_ROLE void return_rows(const RowBlock& block, uint32_t ring_slot) {
     const Call& call = c_.call;
     const int experts = call.num_local_experts(), expert = block.local_expert;
@@ -186,7 +191,7 @@ class Processor {
     const uint32_t signal = c_.ws.segment_signal[position];
     if (rows == 0 || !run_is_here(signal)) return 0;
     const uint64_t first = c_.platform.test_signal(c_.layout.result_signal_at(signal));
-    uint32_t here = 1;
+    uint32_t here = 1 + (c_.backward() && !awaits_release(position));
     for (uint32_t run = run_of_row(rows - 1, signal_payload(first)); run > 0; --run) here += run_is_here(signal + run);
     return here;
   }

@@ -7,6 +7,7 @@
 //   header signal   payload = digest of the call's tag (15 bits) << 1 | the packet has rows
 //   chunk signal    payload = 0
 //   result signal   payload = rows of the first run of its segment (see result_run)
+//   release signal  payload = 0
 #pragma once
 
 #include "protocol/config.h"

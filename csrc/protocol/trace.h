@@ -12,8 +12,7 @@ enum class TraceKind : uint32_t {
   kUpTile = uint32_t(WorkKind::kUpTile),        // tile `part` of the row block `sequence`
   kDownTile = uint32_t(WorkKind::kDownTile),
   kCombine = uint32_t(WorkKind::kCombine),
-  kGradTile = uint32_t(WorkKind::kGradTile),    // tile `part` of the weight gradients of local expert `index`
-  kRelease = uint32_t(WorkKind::kRelease),
+  kGradTile = uint32_t(WorkKind::kGradTile),  // tile `part` of the weight gradients of local expert `index`
   kArrived = 16,    // a moment: `part` chunks of rank `index` are here
   kPublished = 17,  // in this step row blocks below `sequence` became runnable
 };

@@ -14,7 +14,6 @@ enum class WorkKind : uint32_t {
   kDownTile,   // the same
   kCombine,    // tokens of combine task `index`
   kGradTile,   // tile `part` of the weight gradients of local expert `index`
-  kRelease,    // all weight gradients are there: the sources' packets are read no more
   kStop,       // there will be no more
 };
 
@@ -33,7 +32,7 @@ struct Work {
 struct TileShape {
   int up_cols, down_cols;
   uint32_t up_tiles, down_tiles;
-  uint32_t grad_tiles = 0;  // of one expert's weight gradients, in a backward call
+  uint32_t grad_tiles = 1;  // of one expert's weight gradients, in a backward call; one, of nothing, if none are asked for
 
   FLASHMOE_HD TileShape(int intermediate_size, int hidden_size, int up, int down)
       : up_cols(up),

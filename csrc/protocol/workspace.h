@@ -45,7 +45,7 @@ struct Counters {
   uint32_t scheduler_lock, scheduler_done;
   uint32_t blocks_done;
   uint32_t combine_head, combine_done;
-  uint32_t grad_head, grads_done, release_claimed, released;  // of a backward call
+  uint32_t grad_head, experts_released;  // of a backward call
   uint32_t stopped;            // workers, where they do not end together
   uint32_t pairs_from_bad_id;  // to the last, where ids are only read as the call begins; 0 if none is bad
   uint32_t quiet, settling;             // where all workers share a transport: how far they have come with asking it …
@@ -110,6 +110,7 @@ struct Workspace {
   uint32_t* last_block;    // [num_local_experts] published so far
   uint32_t* following;     // [ring_blocks] the expert's next block
   uint32_t* blocks_ready;  // [num_local_experts] those whose up tiles have ended
+  uint32_t* grads_done;    // [num_local_experts] grad tiles that have
 
   // Only where peers are not mapped: which blocks' results are on their way, and what travels, until it has landed.
   uint32_t* ring_sent;      // [ring_blocks] the sequence number that ring_free will have once the results have landed
@@ -167,6 +168,7 @@ struct Workspace {
     region(last_block, backward ? local : 0);
     region(following, backward ? ring_blocks : 0);
     region(blocks_ready, backward ? local : 0);
+    region(grads_done, backward ? local : 0);
     region(hidden, ring_blocks * kBlockM * hidden_stride);
     ring_sent = ring_landing = nullptr, packet_stage = result_stage = nullptr;
     if (!machine.staged) return;
@@ -192,7 +194,8 @@ struct Workspace {
     for (int i = group.rank(); i < call.ep_size; i += group.size()) num_chunks[i] = chunks_ready[i] = 0;
     for (int i = group.rank(); i < call.ep_size * kTrafficKinds; i += group.size()) sent[i] = 0;
     for (int e = group.rank(); e < call.num_local_experts(); e += group.size()) row_offset[e] = next_block[e] = 0;
-    for (int e = group.rank(); call.tag.backward() && e < call.num_local_experts(); e += group.size()) blocks_ready[e] = 0;
+    for (int e = group.rank(); call.tag.backward() && e < call.num_local_experts(); e += group.size())
+      blocks_ready[e] = grads_done[e] = 0;
     for (uint32_t r = group.rank(); r < ring_blocks; r += group.size()) {
       ring_free[r] = r;
       if (ring_sent) ring_sent[r] = r;

@@ -36,7 +36,7 @@ inline std::string describe_wait(const Status& status, int rank, const RankNames
     case Phase::kHeader: s << "the packet header of " << name(status.peer); break;
     case Phase::kChunk: s << "token rows of " << name(status.peer); break;
     case Phase::kResults: s << "results of " << name(status.peer) << ", its expert " << status.expert; break;
-    case Phase::kRelease: s << "the weight gradients of " << name(status.peer) << " from this rank's tokens"; break;
+    case Phase::kRelease: s << "the weight gradients of " << name(status.peer) << ", its expert " << status.expert; break;
     case Phase::kQuiet: return "its own transfers to " + (status.peer == rank ? "land" : name(status.peer) + " to land");
     case Phase::kNone: return "nothing";
   }
