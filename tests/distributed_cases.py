@@ -13,6 +13,8 @@ import torch.distributed as dist
 
 import flashmoe
 from distributed_problem import Problem
+from gradient_case import gradients
+from layer_case import LayerCase
 from flashmoe import _C
 
 _groups: dict[tuple, dist.ProcessGroup] = {}
@@ -47,6 +49,10 @@ def run_and_check(
     assert torch.equal(y, p.run(ep_rank, group(ranks))), "bits differ on repeat"
     if threads:
         assert torch.equal(y, p.as_threads()[ep_rank]), "bits differ from those of ranks that are threads"
+
+
+def gradients_of(tokens: Sequence[int], **how: object) -> dict[str, torch.Tensor]:
+    return gradients(LayerCase(tokens=tuple(tokens), **how), rank(), group(range(len(tokens))))
 
 
 def result_of(seed: int, ranks: Sequence[int], tokens: Sequence[int], **problem: object) -> torch.Tensor:

@@ -25,7 +25,9 @@ class Problem:
         owners: Sequence[int] | None = None,
         one_rank: int | None = None,
         dropped: bool = False,
+        backward: bool = False,
     ):
+        """``backward``: a run is a forward and a backward call."""
         ep_size = len(tokens)
         g = torch.Generator().manual_seed(seed)
         gate_up_proj = torch.randn(num_experts, 2 * intermediate_size, hidden_size, generator=g)
@@ -45,16 +47,21 @@ class Problem:
             self.x.append(torch.randn(num_tokens, hidden_size, generator=g).to(dtype))
             self.topk_ids.append(ids)
             self.topk_weights.append(torch.rand(num_tokens, top_k, generator=g))
+        for leaf in (self.gate_up_proj, self.down_proj, *self.x, *self.topk_weights):
+            leaf.requires_grad_(backward)
 
     def weights(self, ep_rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         mine = [e for e, owner in enumerate(self.owners) if owner == ep_rank]
         return self.gate_up_proj[mine], self.down_proj[mine]
 
     def run(self, ep_rank: int, process_group: object, layer: int = 0) -> torch.Tensor:
-        return flashmoe.fused_moe(
+        y = flashmoe.fused_moe(
             self.x[ep_rank], self.topk_ids[ep_rank], self.topk_weights[ep_rank], *self.weights(ep_rank),
             group=process_group, expert_map=self.expert_map, layer=layer,
         )  # fmt: skip
+        if y.requires_grad:
+            y.sum().backward()
+        return y.detach()
 
     def alone(self, ep_rank: int) -> torch.Tensor:
         """The same tokens where one process owns every expert."""

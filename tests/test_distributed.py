@@ -7,7 +7,10 @@ import distributed_cases as cases
 import pytest
 import torch
 import torch.distributed as dist
+from gradient_case import assert_same_gradients, check_gradients, gradients
+from layer_case import LayerCase
 from rank_world import rank_world
+from thread_ranks import make_team, on_ranks
 
 import flashmoe
 from flashmoe.settings import Settings
@@ -75,6 +78,36 @@ def test_remote_only_gives_the_same_bits(world, seed):
         assert remote.call(cases.arena)[0]["remote_only"] == seed
     for mine, theirs in zip(through_network, world.call(cases.result_of, *arguments, ranks=(0, 1, 2)), strict=True):
         assert torch.equal(mine, theirs)
+
+
+# --- gradients ------------------------------------------------------------------------------------------------
+
+GRADIENTS = {
+    "uneven": ((40, 0, 13, 64), {"bias": True}),
+    "bf16, skewed": ((64, 64, 9, 1), {"dtype": torch.bfloat16, "skew": "zipf", "top_k": 4}),
+    "own placement": ((30, 5, 41, 8), {"num_experts": 9, "owners": (0, 0, 2, 2, 2, 0, 1, 1, 0), "skew": "some_dropped"}),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_are_right_and_those_of_threads(world, name):
+    tokens, how = GRADIENTS[name]
+    case = LayerCase(tokens=tokens, **how)
+    found = world.call(cases.gradients_of, tokens, **how)
+    check_gradients(case, found)
+    threads = on_ranks(make_team(len(tokens)), lambda rank, group: gradients(case, rank, group))
+    for one, other in zip(found, threads, strict=True):
+        assert_same_gradients(one, other)
+
+
+def test_init_may_leave_out_the_memory_for_gradients():
+    with rank_world(2, backward=False, **LIMITS) as world:
+        world.call(cases.run_and_check, 3, (0, 1), [7, 5])
+        small = world.call(cases.arena)[0]
+        for outcome in world.outcomes(cases.gradients_of, (7, 5)):
+            assert outcome.kind == "ValueError" and "has no memory for backward calls" in outcome.error
+    with rank_world(2, **LIMITS) as world:
+        assert world.call(cases.arena)[0]["bytes"] > small["bytes"] and small["backward"] is False
 
 
 # --- the arena and the groups ---------------------------------------------------------------------------------

@@ -39,11 +39,11 @@ def check_reports(world: RankWorld, reports: list[dict], since: float, within_s:
 
 
 @pytest.mark.parametrize("remote_only", [None, 7], ids=["mapped", "remote-only"])
-@pytest.mark.parametrize("delay_s", [0.0, 0.03, 0.1, 0.25, 0.45])
-def test_peer_killed_in_the_midst_of_calls(delay_s, remote_only):
+@pytest.mark.parametrize("delay_s, backward", [*((s, False) for s in (0.0, 0.03, 0.1, 0.25, 0.45)), (0.0, True), (0.2, True)])
+def test_peer_killed_in_the_midst_of_calls(delay_s, backward, remote_only):
     with failing_world(remote_only=remote_only) as world:
         world.call(cases.calls, RANKS, TOKENS, 1, **LARGE)
-        world.start(RANKS, cases.calls_until_failure, RANKS, TOKENS, **LARGE)
+        world.start(RANKS, cases.calls_until_failure, RANKS, TOKENS, backward=backward, **LARGE)
         time.sleep(0.2 + delay_s)
         world.kill(VICTIM)
         since = time.monotonic()

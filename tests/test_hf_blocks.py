@@ -93,6 +93,23 @@ def test_float32_block(name):
     torch.testing.assert_close(ours(x), routed_part(theirs, x), rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("name", BLOCKS)
+def test_float32_block_learns_alike(name):
+    """Gradients of tokens, router and experts are autograd's of their block."""
+    with torch.no_grad():
+        theirs, ours = build(name, torch.float32)
+    x = torch.randn(3, 37, H, requires_grad=True)
+    grad_y = torch.randn(x.shape)
+    pairs = [(ours.router.weight, theirs.gate.weight), (ours.gate_up_proj, theirs.experts.gate_up_proj),
+             (ours.down_proj, theirs.experts.down_proj)]  # fmt: skip
+    found, expected = (
+        torch.autograd.grad(y, [x, *leaves], grad_y)
+        for y, leaves in zip((ours(x), routed_part(theirs, x)), zip(*pairs, strict=True), strict=True)
+    )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5 * float(other.abs().max()))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", BLOCKS)
 def test_bfloat16_block_is_at_least_as_close_to_the_truth(name):

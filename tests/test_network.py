@@ -7,8 +7,11 @@ from pathlib import Path
 
 import distributed_cases as cases
 import pytest
+from gradient_case import assert_same_gradients, check_gradients, gradients
+from layer_case import LayerCase
 from namespaces import two_hosts
 from rank_world import rank_world
+from thread_ranks import make_team, on_ranks
 
 import flashmoe
 from flashmoe import _C, hosts
@@ -59,6 +62,16 @@ def check_failures(reports: dict[int, dict], since: float, within_s: float, lost
 )
 def test_right_and_bitwise_equal_to_one_process(world, ranks, tokens, problem):
     world.call(cases.run_and_check, 3, ranks, tokens, ranks=ranks, **problem)
+
+
+def test_gradients_are_those_of_ranks_that_are_threads(world):
+    how = {"bias": True, "num_experts": 9, "skew": "zipf"}
+    case = LayerCase(tokens=(40, 0, 64), **how)
+    found = world.call(cases.gradients_of, case.tokens, **how)
+    check_gradients(case, found)
+    threads = on_ranks(make_team(3), lambda rank, group: gradients(case, rank, group))
+    for one, other in zip(found, threads, strict=True):
+        assert_same_gradients(one, other)
 
 
 def test_token_counts_change_every_call_with_nothing_between(world):
