@@ -27,7 +27,7 @@ flashmoe() {
 section layer flashmoe bench layer --models qwen3-30b-a3b mixtral-8x7b --scale 4 --tokens 1 512 --ranks 1 2 \
   --dtypes fp32 bf16 --seconds 4 --iters 8 --seconds-total 270 \
   --baselines hf-eager,hf-grouped_mm,chain,pipeline-grouped_mm,pipeline-loop,one-process,ceiling --out "$out/records"
-# What a training step takes others: the layer has no backward pass yet, and is asked for one.
+# What a training step takes.
 section training flashmoe bench layer --passes backward --models qwen3-30b-a3b --scale 4 --experts 32 --tokens 16 128 \
   --ranks 1 --dtypes fp32 --seconds 2 --iters 5 --input random --baselines hf-grouped_mm,chain,ceiling \
   --out "$out/records"

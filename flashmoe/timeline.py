@@ -21,8 +21,8 @@ EVENT = np.dtype(
     [("begin", "u8"), ("end", "u8"), ("loads", "u8"), ("kind", "u4"), ("index", "i4"), ("part", "i4"),
      ("expert", "i4"), ("rows", "u4"), ("sequence", "u4")]
 )  # fmt: skip
-PLAN, SEND, UP, DOWN, COMBINE, ARRIVED, PUBLISHED = 1, 2, 3, 4, 5, 16, 17
-NAMES = {PLAN: "plan and headers", SEND: "send", UP: "up", DOWN: "down", COMBINE: "combine"}
+PLAN, SEND, UP, DOWN, COMBINE, GRADIENT, ARRIVED, PUBLISHED = 1, 2, 3, 4, 5, 6, 16, 17
+NAMES = {PLAN: "plan and headers", SEND: "send", UP: "up", DOWN: "down", COMBINE: "combine", GRADIENT: "weight gradients"}
 
 
 @dataclass
@@ -92,7 +92,7 @@ class Trace:
             "seconds": (end - begin) / 1e9,
             "workers": len(work),
             "utilization": busy / everything,
-            "tiles": sum(_seconds(part, UP, DOWN) for _, part in work) / everything,
+            "tiles": sum(_seconds(part, UP, DOWN, GRADIENT) for _, part in work) / everything,
             "exposed": (everything - busy - tail) / everything,
             "tail": tail / everything,
             "overlap": overlap(self.ranks),
@@ -161,7 +161,7 @@ def trace(group: Any = None, max_events: int | None = None) -> Iterator[Trace]:
 
 
 def _work(events: np.ndarray) -> np.ndarray:
-    return events[events["kind"] <= COMBINE]
+    return events[events["kind"] <= GRADIENT]
 
 
 def _clock_step(rank: RankTrace) -> int:
@@ -190,6 +190,8 @@ def _slice(event: np.void, rank: int, worker: int, begin: int) -> dict[str, Any]
     elif kind == SEND:
         name = f"send to rank {int(event['index'])}"
         arguments = {"chunk": int(event["part"])}
+    elif kind == GRADIENT:
+        name, arguments = f"{name} of expert {int(event['expert'])}", {"tile": int(event["part"])}
     elif kind == COMBINE:
         arguments = {"task": int(event["index"])}
     return {

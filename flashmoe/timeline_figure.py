@@ -11,7 +11,10 @@ import numpy as np
 if TYPE_CHECKING:
     from .timeline import Trace
 
-_COLORS = {"plan and headers": "#8a63b3", "send": "#b08e2f", "up": "#2a78b5", "down": "#4f9d69", "combine": "#d1603d"}
+_COLORS = {
+    "plan and headers": "#8a63b3", "send": "#b08e2f", "up": "#2a78b5", "down": "#4f9d69", "combine": "#d1603d",
+    "weight gradients": "#8c8c8c",
+}  # fmt: skip
 _BINS = 400
 _TALLEST = 11.0  # inches of lanes, unless they would be too thin to see
 
@@ -38,7 +41,9 @@ def draw(trace: Trace, path: Path) -> None:
         2, 1, figsize=(11, 2.2 + height), sharex=True, layout="constrained", height_ratios=[max(1.0, height), 1.2]
     )  # fmt: skip
     below = np.zeros(_BINS)
-    for kind, name in NAMES.items():
+    kinds = [kind for kind in NAMES if any((events["kind"] == kind).any() for _, events in lanes)]
+    for kind in kinds:
+        name = NAMES[kind]
         busy = np.zeros(_BINS)
         for lane, (_, events) in enumerate(lanes):
             chosen = events[events["kind"] == kind]
@@ -58,6 +63,6 @@ def draw(trace: Trace, path: Path) -> None:
     share.set_ylim(0, len(lanes))
     share.set_xlim(0, (end - begin) / 1e6)
     share.set_xlabel("ms")
-    share.legend(ncols=len(NAMES), loc="upper center", bbox_to_anchor=(0.5, -0.35), fontsize=8, frameon=False)
+    share.legend(ncols=len(kinds), loc="upper center", bbox_to_anchor=(0.5, -0.35), fontsize=8, frameon=False)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 def overlap(ranks: list[RankTrace]) -> float | None:
     """While rows are under way to a rank, from the beginning of their put until somebody there sees them, or from the
     beginning of its own call: the share of its workers' time in which they do something. None if no rows travel."""
-    from .timeline import COMBINE
+    from .timeline import _work
 
     under_way: dict[int, list[tuple[int, int]]] = {}
     for put in puts(ranks):
         under_way.setdefault(put.destination, []).append((put.begun, put.seen))
     busy = everything = 0
     for rank in ranks:
-        workers = [events[events["kind"] <= COMBINE] for events in rank.workers]
+        workers = [_work(events) for events in rank.workers]
         entered = min((int(work["begin"].min()) for work in workers if len(work)), default=0)
         for begin, end in _union([(max(begin, entered), end) for begin, end in under_way.get(rank.rank, [])]):
             everything += (end - begin) * len(workers)

@@ -6,12 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from timeline_checks import check_call, of_kind
+from timeline_checks import check_call, everything, of_kind
 
 import flashmoe
 from flashmoe import _C, cli, report
 from flashmoe.records import read_records
-from flashmoe.timeline import ARRIVED, COMBINE, DOWN, EVENT, PLAN, SEND, UP, RankTrace, Trace
+from flashmoe.timeline import ARRIVED, COMBINE, DOWN, EVENT, GRADIENT, PLAN, SEND, UP, RankTrace, Trace
 
 
 def layer_and_input(tokens: int = 200) -> tuple[flashmoe.MoE, torch.Tensor]:
@@ -32,6 +32,25 @@ def test_every_tile_of_a_call_is_there_once_and_in_order():
     summary = trace.summary()
     assert 0 < summary["tiles"] <= summary["utilization"] <= 1 and summary["lost_events"] == 0
     assert summary["utilization"] + summary["exposed"] + summary["tail"] == pytest.approx(1)
+
+
+def test_backward_call_shows_its_weight_gradients(tmp_path):
+    layer, x = layer_and_input()
+    routing = layer.router(x)
+    with flashmoe.trace() as trace:
+        layer(x, routing).sum().backward()
+    check_call(trace.ranks[0], routing.tokens_per_expert().tolist())
+    events = everything(trace.ranks[0])
+    gradients, ups = of_kind(events, GRADIENT), of_kind(events, UP)
+    for expert in range(6):  # gate_up_proj [384, 128] and down_proj [128, 192] in tiles of 128 x 256
+        mine = gradients[gradients["expert"] == expert]
+        assert sorted(mine["part"]) == list(range(4))
+        assert mine["begin"].min() >= ups[ups["expert"] == expert]["end"].max()
+    assert trace.summary()["tiles"] > 0
+    trace.save(tmp_path / "back.json")
+    trace.draw(tmp_path / "back.png")
+    names = {entry["name"] for entry in json.loads((tmp_path / "back.json").read_text())["traceEvents"]}
+    assert {f"weight gradients of expert {expert}" for expert in range(6)} < names
 
 
 def test_ranks_of_a_group_are_traced_alike():
