@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "backward_tiles.h"
 #include "ends.h"
 #include "planned_ranks.h"
 #include "ready_queues.h"
@@ -97,6 +98,34 @@ PYBIND11_MODULE(_micro, m) {
            },
            py::arg("rows"), py::arg("index"), py::arg("weights"), py::arg("num_tokens"), py::arg("top_k"), py::arg("y"),
            py::arg("n"), unlocked());
+  py::class_<BackwardTiles>(m, "BackwardTiles")
+      .def(py::init([](const std::string& isa, int dtype, int activation, bool gated, int hidden_size, int inner) {
+             return BackwardTiles(isa, {DType(dtype), Activation(activation), gated, hidden_size, inner});
+           }),
+           py::arg("isa"), py::arg("dtype"), py::arg("activation"), py::arg("gated"), py::arg("hidden_size"),
+           py::arg("intermediate_size"))
+      .def_property_readonly("up_cols", &BackwardTiles::up_cols)
+      .def_property_readonly("down_cols", &BackwardTiles::down_cols)
+      .def_property_readonly("stride", &BackwardTiles::stride)
+      .def_property_readonly("grad_tiles", &BackwardTiles::grad_tiles)
+      .def("up",
+           [](BackwardTiles& t, uintptr_t x, uintptr_t dy, int num_rows, uintptr_t gate_up, uintptr_t down,
+              int num_experts, uintptr_t made, bool cold, uint64_t from, int n) {
+             return t.up(at(x), at(dy), num_rows, at(gate_up), at(down), num_experts, at<float>(made), cold, from, n);
+           },
+           unlocked())
+      .def("down",
+           [](BackwardTiles& t, uintptr_t made, int num_rows, uintptr_t gate_up, int num_experts, uintptr_t dx, bool cold,
+              uint64_t from, int n) {
+             return t.down(at<float>(made), num_rows, at(gate_up), num_experts, at(dx), cold, from, n);
+           },
+           unlocked())
+      .def("gradient",
+           [](BackwardTiles& t, uintptr_t x, uintptr_t dy, int num_rows, uintptr_t made, int blocks, uintptr_t matrix,
+              uint64_t from, int n) {
+             return t.gradient(at(x), at(dy), num_rows, at<float>(made), blocks, at(matrix), from, n);
+           },
+           unlocked());
   m.def(
       "activate",
       [](const std::string& isa, int activation, uintptr_t x, int count, uintptr_t out, int n) {
