@@ -17,7 +17,7 @@ FLASHMOE_INLINE ValueAndSlope differentiate(Vector x) {
     return {value, x > 0.0f ? splat(1.0f) : x == x ? Vector{} : x};
   } else {
     // Where |x| is large the slope is 0 or 1, and must not become infinity times 0 on the way there.
-    const Vector near = x > 30.0f ? splat(30.0f) : x < -30.0f ? splat(-30.0f) : x;
+    const Vector near = x > 110.0f ? splat(110.0f) : x < -110.0f ? splat(-110.0f) : x;  // e^-110 is 0
     if constexpr (kActivation == Activation::kGelu) {
       const Vector density = exp_nonpositive(near * near * -0.5f) * 0.398942280f;
       return {value, normal_distribution(near) + near * density};
