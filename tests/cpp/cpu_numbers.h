@@ -99,6 +99,21 @@ inline double exact(Activation activation, double x) {
   return NAN;
 }
 
+inline double exact_slope(Activation activation, double x) {
+  if (std::isinf(x)) return x > 0;
+  const auto sigmoid = [](double v) { return 1 / (1 + std::exp(-v)); };
+  switch (activation) {
+    case Activation::kSilu: return sigmoid(x) * (1 + x * sigmoid(-x));
+    case Activation::kGelu: return 0.5 * std::erfc(-x * std::sqrt(0.5)) + x * std::exp(-0.5 * x * x) / std::sqrt(2 * M_PI);
+    case Activation::kGeluTanh: {
+      const double c = 2 * std::sqrt(2 / M_PI), v = c * (x + 0.044715 * x * x * x);
+      return sigmoid(v) + x * c * (1 + 3 * 0.044715 * x * x) * (sigmoid(v) * sigmoid(-v));
+    }
+    case Activation::kRelu: return std::isnan(x) ? x : x > 0;
+  }
+  return NAN;
+}
+
 inline const char* name(DType dtype) {
   return dtype == DType::kFloat32 ? "float32" : dtype == DType::kBFloat16 ? "bfloat16" : "float16";
 }

@@ -1,8 +1,9 @@
-// How the CPU engine widens, rounds and activates numbers, and which instruction set it takes for that.
+// How the CPU engine widens, rounds, activates and differentiates numbers, and which instruction set it takes for that.
 #include <cstdlib>
 
 #include "cpu_expert.h"
 #include "cpu_isas.h"
+#include "engine/cpu_backward.h"
 
 namespace {
 
@@ -72,9 +73,8 @@ void check_conversions(const CpuEngine& engine, DType dtype) {
   check(wrong == 0, std::string(name(dtype)) + ": " + std::to_string(wrong) + " numbers round wrongly");
 }
 
-// Error of the activations over all magnitudes: relative to the result above -1, absolute below, where the result
-// fades away (and where e^x turns half a unit of x into |x| half units of the result).
-void check_activations(const CpuKernels& kernels) {
+// Over all magnitudes, and more of them where the activations bend.
+std::vector<float> all_magnitudes() {
   std::vector<float> x;
   for (uint64_t b = 0; b < (uint64_t(1) << 32); b += 3989) {
     const uint32_t bits = uint32_t(b);
@@ -86,6 +86,13 @@ void check_activations(const CpuKernels& kernels) {
   std::uniform_real_distribution<float> uniform(-12, 12);
   for (int i = 0; i < 500000; ++i) x.push_back(uniform(random));
   for (float special : {0.0f, INFINITY, NAN}) x.push_back(special), x.push_back(-special);
+  return x;
+}
+
+// Error of the activations over all magnitudes: relative to the result above -1, absolute below, where the result
+// fades away (and where e^x turns half a unit of x into |x| half units of the result).
+void check_activations(const CpuKernels& kernels) {
+  const std::vector<float> x = all_magnitudes();
   std::vector<float> y(x.size());
   for (Activation activation : kActivations) {
     kernels.activate(activation, x.data(), int(x.size()), y.data());
@@ -111,6 +118,31 @@ void check_activations(const CpuKernels& kernels) {
   }
 }
 
+// The slope's error is absolute, for slopes lie between -0.2 and 1.2. Far out it is what it tends to, 0 or 1, at infinities
+// too; NaN comes of NaN alone. The value beside it is the forward pass'.
+void check_slopes(const CpuKernels& kernels) {
+  const std::vector<float> x = all_magnitudes();
+  std::vector<float> value(x.size()), slope(x.size()), forward(x.size());
+  for (Activation activation : kActivations) {
+    kernels.backward->differentiate(activation, x.data(), int(x.size()), value.data(), slope.data());
+    kernels.activate(activation, x.data(), int(x.size()), forward.data());
+    const std::string what = std::string(kernels.name) + " " + name(activation);
+    check(std::memcmp(value.data(), forward.data(), 4 * x.size()) == 0, what + ": not the value of the forward pass");
+    double worst = 0;
+    int nan_wrong = 0, no_limit = 0;
+    for (size_t i = 0; i < x.size(); ++i) {
+      nan_wrong += std::isnan(x[i]) != std::isnan(slope[i]);
+      if (std::isnan(x[i]) || std::isnan(slope[i])) continue;
+      worst = std::max(worst, std::fabs(slope[i] - exact_slope(activation, x[i])));
+      no_limit += std::fabs(x[i]) >= 110 && slope[i] != float(x[i] > 0);
+    }
+    std::printf("  %-9s %-9s slope: absolute error %.2e\n", kernels.name, name(activation), worst);
+    check(nan_wrong == 0, what + ": " + std::to_string(nan_wrong) + " slopes are NaN, or lost one");
+    check(no_limit == 0, what + ": " + std::to_string(no_limit) + " slopes far out are neither 0 nor 1");
+    check(worst <= (activation == Activation::kRelu ? 0 : 4e-7), what + ": the slope is not accurate");
+  }
+}
+
 void check_selection() {
   setenv("FLASHMOE_CPU_ISA", "quantum", 1);
   for (int use = 0; use < 2; ++use) {  // the second use must not find the first one's failure cached as success
@@ -126,6 +158,7 @@ void check_selection() {
 
 void check_numbers(const CpuKernels& kernels) {
   check_activations(kernels);
+  check_slopes(kernels);
   const CpuEngine engine(kernels);
   for (DType dtype : {DType::kBFloat16, DType::kFloat16}) check_conversions(engine, dtype);
 }
