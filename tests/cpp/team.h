@@ -52,6 +52,7 @@ struct TeamOptions {
   std::optional<uint64_t> remote_only_seed = std::nullopt;
   uint64_t last_epoch = 0;
   double timeout_s = 30, entry_timeout_s = 30;
+  bool backward = false;
 };
 
 // Limits that just hold the program.
@@ -71,6 +72,7 @@ inline Team make_team(const Program& program, const TeamOptions& options) {
   o.name = "team", o.limits = limits_of(program, options.ep_size), o.num_workers = options.num_workers;
   o.remote_only_seed = options.remote_only_seed, o.last_epoch = options.last_epoch;
   o.timeout_s = options.timeout_s, o.entry_timeout_s = options.entry_timeout_s;
+  o.limits.backward = options.backward;
   return make_local_team(o);
 }
 

@@ -127,16 +127,17 @@ void check_slopes(const CpuKernels& kernels) {
     kernels.backward->differentiate(activation, x.data(), int(x.size()), value.data(), slope.data());
     kernels.activate(activation, x.data(), int(x.size()), forward.data());
     const std::string what = std::string(kernels.name) + " " + name(activation);
-    check(std::memcmp(value.data(), forward.data(), 4 * x.size()) == 0, what + ": not the value of the forward pass");
     double worst = 0;
-    int nan_wrong = 0, no_limit = 0;
+    int nan_wrong = 0, no_limit = 0, other_value = 0;
     for (size_t i = 0; i < x.size(); ++i) {
+      other_value += std::isnan(forward[i]) ? !std::isnan(value[i]) : value[i] != forward[i];
       nan_wrong += std::isnan(x[i]) != std::isnan(slope[i]);
       if (std::isnan(x[i]) || std::isnan(slope[i])) continue;
       worst = std::max(worst, std::fabs(slope[i] - exact_slope(activation, x[i])));
       no_limit += std::fabs(x[i]) >= 110 && slope[i] != float(x[i] > 0);
     }
     std::printf("  %-9s %-9s slope: absolute error %.2e\n", kernels.name, name(activation), worst);
+    check(other_value == 0, what + ": " + std::to_string(other_value) + " values are not those of the forward pass");
     check(nan_wrong == 0, what + ": " + std::to_string(nan_wrong) + " slopes are NaN, or lost one");
     check(no_limit == 0, what + ": " + std::to_string(no_limit) + " slopes far out are neither 0 nor 1");
     check(worst <= (activation == Activation::kRelu ? 0 : 4e-7), what + ": the slope is not accurate");
