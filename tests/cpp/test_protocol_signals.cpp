@@ -82,8 +82,9 @@ void header_verdicts() {
 void tag_digests() {
   std::vector<CallTag> near(9, tag(0));
   near[1].layer = 1, near[2].hidden_size = 2049, near[3].intermediate_size = 769, near[4].num_experts = 129;
-  near[5].placement ^= 1, near[6].dtype = 2, near[7].activation = 1, near[8].gated = 0;
+  near[5].placement ^= 1, near[6].dtype = 2, near[7].activation = 1, near[8].kind = 0;
   for (int bias = 1; bias < 4; ++bias) near.push_back(tag(0)), near.back().has_bias = uint8_t(bias);
+  near.push_back(tag(0)), near.back().kind = 3;
   std::set<uint32_t> digests;
   for (const CallTag& t : near) digests.insert(tag_digest(t));
   check(digests.size() == near.size(), "calls that differ in one field have different digests");
