@@ -26,31 +26,44 @@ bool disjoint(std::vector<Region> regions, size_t bytes) {
   return true;
 }
 
-// Every piece that a peer may write, by the accessors that the roles use.
-std::vector<Region> pieces(const HeapLayout& h, int owner) {
+// Every piece that a peer may write, by the accessors that the roles use, in a forward or a backward call.
+std::vector<Region> pieces(const HeapLayout& h, int owner, bool backward) {
   const Limits& l = h.limits;
-  const size_t row = l.max_wire_bytes;
+  const size_t row = l.max_wire_bytes, slot = backward ? 2 * row : row, result = backward ? backward_result_bytes(row) : row;
   std::vector<Region> r;
   for (int pe = 0; pe < l.ep_size; ++pe) {
     r.push_back({h.abort_at(pe), h.abort_at(pe) + 8, "abort"});
+    r.push_back({h.release_signal_at(pe), h.release_signal_at(pe) + 8, "release signal"});
     r.push_back({h.header_signal_at(pe), h.header_signal_at(pe) + 8, "header signal"});
     for (int c = 0; c < int(h.max_chunks); ++c) r.push_back({h.chunk_signal_at(pe, c), h.chunk_signal_at(pe, c) + 8, "chunk signal"});
     if (pe == owner) continue;
     const size_t header = h.header_at(owner, pe);
-    r.push_back({header, header + header_bytes(l.max_experts, h.max_result_rows), "header"});
-    r.push_back({h.inbox_at(owner, pe, 0, row), h.inbox_at(owner, pe, l.max_tokens, row), "inbox"});
+    r.push_back({header, header + header_bytes(l.max_experts, h.max_result_rows, backward), "header"});
+    r.push_back({h.inbox_at(owner, pe, 0, slot), h.inbox_at(owner, pe, l.max_tokens, slot), "inbox"});
   }
   for (uint32_t i = 0; i < h.max_result_signals; ++i) r.push_back({h.result_signal_at(i), h.result_signal_at(i) + 8, "result signal"});
-  r.push_back({h.result_at(0, row), h.result_at(h.max_result_rows, row), "results"});
+  r.push_back({h.result_at(0, result), h.result_at(h.max_result_rows, result), "results"});
   return r;
 }
 
 void heap_layout() {
-  for (const Limits& l : {Limits{1, 1, 4, 1, 1}, Limits{2, 0, 4, 1, 1}, Limits{2, 65, 12, 3, 5}, Limits{3, 64, 20, 2, 7}, Limits{5, 130, 36, 4, 2}})
-    for (int owner = 0; owner < l.ep_size; ++owner)
-      check(disjoint(pieces(HeapLayout(l), owner), HeapLayout(l).bytes), "regions of " + std::to_string(l.ep_size) + " ranks overlap");
+  for (Limits l : {Limits{1, 1, 4, 1, 1}, Limits{2, 0, 4, 1, 1}, Limits{2, 65, 12, 3, 5}, Limits{3, 64, 20, 2, 7}, Limits{5, 130, 36, 4, 2}, Limits{2, 64, 2, 1, 3}})
+    for (bool backward : {false, true})
+      for (int owner = 0; owner < l.ep_size; ++owner) {
+        l.backward = backward;
+        const std::string what = "regions of " + std::to_string(l.ep_size) + " ranks overlap" + (backward ? ", with backward calls" : "");
+        for (bool call : {false, true})
+          if (!call || backward) check(disjoint(pieces(HeapLayout(l), owner, call), HeapLayout(l).bytes), what);
+      }
+  // What calls of narrower rows put there fits, too.
+  const HeapLayout with(Limits{3, 70, 100, 3, 7, true});
+  for (size_t row = 2; row <= 100; row += 2)
+    check(with.inbox_at(1, 0, 70, 2 * row) <= with.inbox_at(1, 2, 0, 2 * row) && with.inbox_at(1, 2, 70, 2 * row) <= with.results &&
+              with.result_at(with.max_result_rows, backward_result_bytes(row)) <= with.bytes,
+          "a backward call's rows of " + std::to_string(row) + " bytes");
   const HeapLayout h(Limits{3, 64, 20, 2, 7});
-  std::vector<Region> overlapping = pieces(h, 0);
+  check_caught(!disjoint(pieces(h, 0, true), h.bytes), "a backward call in a heap that was not made for it");
+  std::vector<Region> overlapping = pieces(h, 0, false);
   overlapping.push_back({h.inbox_at(0, 2, 0, 20) - 1, h.inbox_at(0, 2, 0, 20), "one byte too far"});
   overlapping.push_back(overlapping.back());
   check_caught(!disjoint(overlapping, h.bytes), "two regions that share a byte");
@@ -59,6 +72,9 @@ void heap_layout() {
   check(h.header_at(1, 0) % HeapLayout::kAlign == 0 && h.inbox_at(1, 2, 0, 20) % HeapLayout::kAlign == 0 &&
             h.result_at(0, 20) % HeapLayout::kAlign == 0,
         "alignment of headers, inboxes and results");
+  for (size_t row : {2, 4, 36, 4096})
+    check(backward_result_bytes(row) % 16 == 0 && backward_result_bytes(row) >= round_up(row, 16) + sizeof(float),
+          "a backward call's results keep theirs, with the gradient of a weight behind each");
 }
 
 // A heap is what must travel, plus less than 5 %, at full model widths.
@@ -75,6 +91,10 @@ void heap_bytes() {
           const size_t row = size_t(m.hidden_size) * item;
           const HeapLayout h(Limits{ep_size, max_tokens, int(row), m.top_k, m.num_experts});
           const double rows = double(ep_size - 1) * max_tokens * row + double(max_tokens) * m.top_k * row;
+          const HeapLayout twice(Limits{ep_size, max_tokens, int(row), m.top_k, m.num_experts, true});
+          const double rows_and_gradients = rows + double(ep_size - 1) * max_tokens * row;
+          check(twice.bytes >= rows_and_gradients && twice.bytes < 1.05 * rows_and_gradients,
+                std::string(m.name) + " with backward calls: " + std::to_string(100 * (twice.bytes / rows_and_gradients - 1)) + " % beside the rows");
           check(h.bytes >= rows && h.bytes < 1.05 * rows,
                 std::string(m.name) + " at " + std::to_string(ep_size) + " ranks, " + std::to_string(max_tokens) + " tokens: " +
                     std::to_string(100 * (h.bytes / rows - 1)) + " % beside the rows");
