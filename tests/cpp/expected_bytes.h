@@ -13,12 +13,15 @@ struct Bytes {
   bool operator==(const Bytes&) const = default;
 };
 
-// `dedup` false: as if a row travelled once per expert.
-inline Bytes expected(const CallOfAll& call, int rank, bool dedup = true) {
+// `dedup` false: as if a row travelled once per expert. A backward call sends x and y's gradient in a slot, a weight
+// with each entry, a float behind each result's gradient, each in 16 bytes, and a release to whoever sent rows.
+inline Bytes expected(const CallOfAll& call, int rank, bool dedup = true, bool backward = false) {
   const Layer& l = *call.layer;
   const int ep_size = int(call.tokens.size());
   const ExpertMap owner = call.map ? *call.map : equal_blocks(l.num_experts, ep_size);
   const uint64_t row = uint64_t(l.hidden_size) * dtype_bytes(l.dtype);
+  const uint64_t slot = backward ? 2 * row : row, result = backward ? (row + 15) / 16 * 16 + 16 : row;
+  std::set<int> sources;
   // rows[source][expert], in the order of which a source's rows stand in the expert's list
   std::vector<std::vector<uint64_t>> rows(ep_size, std::vector<uint64_t>(l.num_experts, 0));
   for (int s = 0; s < ep_size; ++s)
@@ -33,7 +36,8 @@ inline Bytes expected(const CallOfAll& call, int rank, bool dedup = true) {
       const int s = (rank + i) % ep_size;
       // A run ends where a row block of 128 does.
       for (uint64_t r = all; s != rank && r < all + rows[s][e]; ++r) b.signals[s] += r == all || r % 128 == 0 ? 8 : 0;
-      if (s != rank) b.results[s] += rows[s][e] * row;
+      if (s != rank) b.results[s] += rows[s][e] * result;
+      if (s != rank && rows[s][e]) sources.insert(s);
       all += rows[s][e];
     }
     b.tokens_per_expert.push_back(all);
@@ -48,10 +52,11 @@ inline Bytes expected(const CallOfAll& call, int rank, bool dedup = true) {
     for (size_t pair = 0; pair < t.ids.size(); ++pair)
       if (t.ids[pair] >= 0 && t.ids[pair] < l.num_experts && owner[t.ids[pair]] == d) tokens.insert(int(pair) / l.top_k);
     const uint64_t slots = dedup ? tokens.size() : entries;
-    b.header[d] = entries ? 40 + 4 * (local + 1 + entries) : 0;
-    b.rows[d] = slots * row;
+    b.header[d] = entries ? 40 + 4 * (local + 1 + (backward ? 2 : 1) * entries) : 0;
+    b.rows[d] = slots * slot;
     b.signals[d] += 8 + 8 * ((slots + 63) / 64);
   }
+  for (int s : sources) b.signals[s] += backward ? 8 : 0;
   return b;
 }
 

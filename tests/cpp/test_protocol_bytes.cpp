@@ -1,7 +1,8 @@
 // What the transport counted against what the routing says must travel: each row once per destination, each result
-// once, headers without padding, one signal per header, chunk and run, and nothing else.
+// once, headers without padding, one signal per header, chunk and run, and of a backward call one per release, and
+// nothing else.
 #include "expected_bytes.h"
-#include "team.h"
+#include "gradient_team.h"
 
 namespace {
 
@@ -30,15 +31,19 @@ void byte_counts_match_plan() {
           call.tokens.push_back(draw_tokens(l, variant == 4 && r == 0 ? 0 : 100 + 61 * r, variant * 10 + r, variant >= 4 ? Skew::kDropSome : Skew::kZipf));
         TeamOptions options{.ep_size = ep_size};
         if (remote_only) options.remote_only_seed = variant;
-        // Twice, for these are the counts of the last call.
-        const Program program{call, call};
-        const Team team = make_team(program, options);
-        const Results results = run_program(team, program);
-        check(results.ok(), "the calls end well");
-        for (int r = 0; r < ep_size; ++r) {
-          const Bytes want = expected(call, r), got = counted(*team[r]);
-          check(got == want, std::to_string(ep_size) + " ranks, rank " + std::to_string(r) + "\n    counted  " + text(got) + "\n    expected " + text(want));
-          dedup_matters = dedup_matters || !(got == expected(call, r, false));
+        for (bool backward : {false, true}) {
+          // The other kind first, for these are the counts of the last call.
+          const PassOfAll other = backward ? PassOfAll{call} : backward_of(call, 1);
+          const Passes passes{other, backward ? backward_of(call, 1) : PassOfAll{call}};
+          options.backward = true;
+          const Team team = make_team(calls_of(passes), options);
+          check(run_passes(team, passes).ok(), "the calls end well");
+          for (int r = 0; r < ep_size; ++r) {
+            const Bytes want = expected(call, r, true, backward), got = counted(*team[r]);
+            check(got == want, std::to_string(ep_size) + " ranks, rank " + std::to_string(r) + (backward ? ", backward" : "") +
+                                   "\n    counted  " + text(got) + "\n    expected " + text(want));
+            dedup_matters = dedup_matters || !(got == expected(call, r, false, backward));
+          }
         }
       }
   check_caught(dedup_matters, "a row that travels once per expert");
