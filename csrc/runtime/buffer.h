@@ -24,7 +24,8 @@ inline void ask_for_large_pages(void* memory, size_t bytes) {
 }
 
 // Zeroed memory that starts on a page; grows, never shrinks. It is asked of the system itself, which gives a page when
-// it is first written: what a call might need under the worst skew costs addresses alone.
+// it is first written. `sparse`: most of it never will be, so it may be more than the machine has, and costs addresses
+// alone. Else what the machine does not have is refused, while the call can still be.
 class Buffer {
  public:
   Buffer() = default;
@@ -35,11 +36,12 @@ class Buffer {
   }
   ~Buffer() { release(); }
 
-  std::byte* at_least(size_t bytes) {
+  std::byte* at_least(size_t bytes, bool sparse = false) {
     if (bytes > bytes_) {
       const size_t larger = round_up(std::max(bytes, bytes_ + bytes_ / 2), 4096);
       release();
-      void* data = mmap(nullptr, larger, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      const int flags = MAP_PRIVATE | MAP_ANONYMOUS | (sparse ? MAP_NORESERVE : 0);
+      void* data = mmap(nullptr, larger, PROT_READ | PROT_WRITE, flags, -1, 0);
       if (data == MAP_FAILED) throw std::bad_alloc();
       data_ = static_cast<std::byte*>(data), bytes_ = larger;
       ask_for_large_pages(data_, bytes_);

@@ -67,7 +67,9 @@ class Group::Impl {
     if (grows) grow(call);
 
     const Machine machine{.staged = platform_->staged(), .num_workers = uint32_t(num_workers_)};
-    Workspace ws(call, layout_, machine, workspace_.at_least(Workspace(call, layout_, machine, nullptr).bytes));
+    // What a backward call keeps of its rows is as much as the worst skew could bring.
+    const size_t bytes = Workspace(call, layout_, machine, nullptr).bytes;
+    Workspace ws(call, layout_, machine, workspace_.at_least(bytes, grad != nullptr));
     ws.reset(Alone{}, call, HostPlatform::now_ns());
     platform_->reset_sent();
     run(call, ws);
