@@ -112,7 +112,7 @@ inline void check_gradients(const PassOfAll& pass, const std::vector<Outputs>& g
   for (int r = 0; r < ep_size; ++r) {
     const auto compare = [&](Output o, const std::vector<double>& truth, DType dtype) {
       if (o >= kGateUp && !(pass.asked_by(r) & 1u << o)) return;
-      // Those of topk_weights are rounded once in fp32, whatever the dtype, but for what dtypes' rows are.
+      // Those of topk_weights stay in fp32, whatever the dtype.
       const double error = relative_error(decode(got[r][o], dtype), truth);
       check(error <= tolerance(dtype), what + ", rank " + std::to_string(r) + ": the gradient of " + name(o) + " is off by " +
                                            std::to_string(error / tolerance(dtype)) + " tolerances");

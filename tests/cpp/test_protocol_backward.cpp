@@ -160,12 +160,15 @@ void gradients_not_asked_for() {
   PassOfAll pass = backward_of(call_of(layer, 3, 1, [](int r) { return 70 + r; }), 1);
   const PassResults all = check_passes({pass}, {.ep_size = 3}, "all asked for");
   const unsigned matrices = 1u << kGateUp | 1u << kDown, up = 1u << kGateUp | 1u << kGateUpBias, down = 1u << kDown | 1u << kDownBias;
-  for (const std::vector<unsigned>& asked : {std::vector{0u, kAllAsked, kAllAsked}, {kAllAsked, 0u, 0u}, {0u, 0u, 0u}, {up, down, matrices}}) {
+  for (const std::vector<unsigned>& asked :
+       {std::vector{0u, kAllAsked, kAllAsked}, {kAllAsked, 0u, 0u}, {0u, 0u, 0u}, {up, down, matrices}}) {
     pass.asked = asked;
     const PassResults some = check_passes({pass, pass}, {.ep_size = 3}, "some asked for");
     for (int r = 0; r < 3 && some.ok(); ++r)
       for (int o = 0; o < kOutputs; ++o)
-        if (o < kGateUp || asked[r] & 1u << o) check(some.of[0][r][o] == all.of[0][r][o], "rank " + std::to_string(r) + ": what others ask for changes " + name(Output(o)));
+        if (o < kGateUp || asked[r] & 1u << o)
+          check(some.of[0][r][o] == all.of[0][r][o],
+                "rank " + std::to_string(r) + ": what others ask for changes the gradient of " + name(Output(o)));
   }
 }
 
