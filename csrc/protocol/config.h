@@ -72,7 +72,8 @@ struct CallTag {
 // A result row of a backward call: the gradient of the token's row, then the gradient of its top-k weight, a float.
 FLASHMOE_HD constexpr size_t backward_result_bytes(size_t row_bytes) { return round_up(row_bytes, 16) + 16; }
 
-// What a backward call has besides. Gradients of weights are overwritten; null: not asked for.
+// What a backward call has besides. Gradients of weights are overwritten; null: not asked for. A bias' is made with its
+// matrix'.
 struct Gradients {
   const std::byte* y;       // [num_tokens, hidden_size] what comes in
   float* topk_weights;      // [num_tokens, top_k]

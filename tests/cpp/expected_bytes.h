@@ -21,7 +21,6 @@ inline Bytes expected(const CallOfAll& call, int rank, bool dedup = true, bool b
   const ExpertMap owner = call.map ? *call.map : equal_blocks(l.num_experts, ep_size);
   const uint64_t row = uint64_t(l.hidden_size) * dtype_bytes(l.dtype);
   const uint64_t slot = backward ? 2 * row : row, result = backward ? (row + 15) / 16 * 16 + 16 : row;
-  std::set<int> sources;
   // rows[source][expert], in the order of which a source's rows stand in the expert's list
   std::vector<std::vector<uint64_t>> rows(ep_size, std::vector<uint64_t>(l.num_experts, 0));
   for (int s = 0; s < ep_size; ++s)
@@ -37,7 +36,7 @@ inline Bytes expected(const CallOfAll& call, int rank, bool dedup = true, bool b
       // A run ends where a row block of 128 does.
       for (uint64_t r = all; s != rank && r < all + rows[s][e]; ++r) b.signals[s] += r == all || r % 128 == 0 ? 8 : 0;
       if (s != rank) b.results[s] += rows[s][e] * result;
-      if (s != rank && rows[s][e]) sources.insert(s);
+      if (backward && s != rank && rows[s][e]) b.signals[s] += 8;  // the release
       all += rows[s][e];
     }
     b.tokens_per_expert.push_back(all);
@@ -56,7 +55,6 @@ inline Bytes expected(const CallOfAll& call, int rank, bool dedup = true, bool b
     b.rows[d] = slots * slot;
     b.signals[d] += 8 + 8 * ((slots + 63) / 64);
   }
-  for (int s : sources) b.signals[s] += backward ? 8 : 0;
   return b;
 }
 

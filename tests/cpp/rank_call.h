@@ -27,7 +27,7 @@ class RankCall {
     for (int64_t id : args_.tokens.ids) ids_.push_back(id == a.num_experts ? -1 : int32_t(id));
 
     call.ep_size = ep_size, call.ep_rank = rank, call.epoch = epoch;
-    call.tag = {a.layer, a.hidden_size, a.intermediate_size, a.num_experts, 0, uint8_t(a.dtype), uint8_t(a.activation), a.gated, uint8_t(shape.bias), 0};
+    call.tag = {a.layer, a.hidden_size, a.intermediate_size, a.num_experts, 0, uint8_t(a.dtype), uint8_t(a.activation), a.gated, uint8_t(shape.bias)};
     call.num_tokens = a.num_tokens, call.top_k = a.top_k, call.num_experts = a.num_experts;
     call.hidden_size = a.hidden_size, call.intermediate_size = a.intermediate_size;
     call.dtype = a.dtype, call.activation = a.activation, call.gated = a.gated;

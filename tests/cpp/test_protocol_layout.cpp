@@ -33,7 +33,6 @@ std::vector<Region> pieces(const HeapLayout& h, int owner, bool backward) {
   std::vector<Region> r;
   for (int pe = 0; pe < l.ep_size; ++pe) {
     r.push_back({h.abort_at(pe), h.abort_at(pe) + 8, "abort"});
-    r.push_back({h.release_signal_at(pe), h.release_signal_at(pe) + 8, "release signal"});
     r.push_back({h.header_signal_at(pe), h.header_signal_at(pe) + 8, "header signal"});
     for (int c = 0; c < int(h.max_chunks); ++c) r.push_back({h.chunk_signal_at(pe, c), h.chunk_signal_at(pe, c) + 8, "chunk signal"});
     if (pe == owner) continue;
@@ -42,6 +41,7 @@ std::vector<Region> pieces(const HeapLayout& h, int owner, bool backward) {
     r.push_back({h.inbox_at(owner, pe, 0, slot), h.inbox_at(owner, pe, l.max_tokens, slot), "inbox"});
   }
   for (uint32_t i = 0; i < h.max_result_signals; ++i) r.push_back({h.result_signal_at(i), h.result_signal_at(i) + 8, "result signal"});
+  for (int e = 0; backward && e < l.max_experts; ++e) r.push_back({h.release_signal_at(e), h.release_signal_at(e) + 8, "release signal"});
   r.push_back({h.result_at(0, result), h.result_at(h.max_result_rows, result), "results"});
   return r;
 }

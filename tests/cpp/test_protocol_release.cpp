@@ -35,7 +35,7 @@ class Wire final : public HostNetwork {
 
   void put(const Put& put) override {
     const HeapLayout& h = all_.layout;
-    if (all_.lost && rank_ == 1 && put.pe == 2 && put.signal == h.release_signal_at(1)) return;
+    if (all_.lost && rank_ == 1 && put.pe == 2 && put.signal == h.release_signal_at(kItsExpert)) return;
     if (all_.held_back && rank_ == 0 && put.pe == 1 && put.signal == h.header_signal_at(0) && signal_epoch(put.word) == 1) {
       held_ = put, since_ns_ = HostPlatform::now_ns();
       return;
@@ -44,7 +44,7 @@ class Wire final : public HostNetwork {
     if (rank_ != 2 || put.pe != 1) return;
     if (signal_epoch(put.word) == 2) all_.next_puts.fetch_add(1);
     if (all_.forged && put.signal == h.header_signal_at(2))
-      store(all_.heaps[2] + h.release_signal_at(1), make_signal(signal_epoch(put.word), 0));
+      store(all_.heaps[2] + h.release_signal_at(kItsExpert), make_signal(signal_epoch(put.word), 0));
   }
   bool quiet() override {
     if (!held_) return true;
@@ -66,6 +66,8 @@ class Wire final : public HostNetwork {
     if (put.bytes) std::memcpy(all_.heaps[put.pe] + put.offset, put.from, put.bytes);
     store(all_.heaps[put.pe] + put.signal, put.word);
   }
+
+  static constexpr int kItsExpert = 1;  // rank 1's: each rank has one
 
   int rank_;
   Wires& all_;
@@ -133,7 +135,7 @@ void peer_that_never_releases(const Layer& layer) {
   wires.lost = true;
   const PassResults results = run_passes(far_apart(wires, 0.4), {passes[0]});
   check(contains(results.errors[2], "rank 2, call 1 of the backward pass of layer 0 ") &&
-            contains(results.errors[2], "while waiting for the weight gradients of rank 1 from this rank's tokens (expected epoch 1, seen 0)"),
+            contains(results.errors[2], "while waiting for the weight gradients of rank 1, its expert 0 (expected epoch 1, seen 0)"),
         "who is waited for, and for what: " + results.errors[2]);
   check(results.errors[0].empty() && results.errors[1].empty(), "the others have all they need");
 }
