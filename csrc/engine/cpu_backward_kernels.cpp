@@ -18,9 +18,11 @@ void times_matrix(const Row& row, int num_rows, const T* matrix, ptrdiff_t strid
   memset(scratch.sums, 0, sizeof(float) * num_rows * cpu::kGradCols);
   for (int k0 = 0; k0 < k; k0 += cpu::kOuterBlock) {
     const int block = k - k0 < cpu::kOuterBlock ? k - k0 : cpu::kOuterBlock;
-    pack_left_rows(row, num_rows, k0, block, scratch.operands.left);
+    copy_rows(row, num_rows, k0, block, scratch.operands.left);
     pack_right([&](int i) { return matrix + (k0 + i) * stride; }, c0, cols, block, scratch.operands.right);
-    add_outer(scratch.operands, num_rows, cols, block, scratch.sums);
+    const int beyond = k0 + block, left = k - beyond < cpu::kOuterBlock ? k - beyond : cpu::kOuterBlock;
+    add_outer<Left::kRows>(scratch.operands, num_rows, cols, block, scratch.sums,
+                           Approach(matrix + beyond * stride + c0, stride, left, cols));
   }
 }
 
@@ -119,17 +121,18 @@ void add_to_gradient(const GradTile& tile, const GradientRows& rows, cpu::Backwa
   const auto came = [](const void* const* all) { return [=](int i) { return static_cast<const T*>(all[i]); }; };
   float* left = scratch.operands.left;
   if (tile.down) {
-    pack_left_columns(came(rows.dy), weight, tile.row_begin, num_rows, k, left);
+    copy_columns(came(rows.dy), weight, tile.row_begin, num_rows, k, left);
     pack_right(made(rows.made.hidden), tile.col_begin, cols, k, scratch.operands.right);
   } else {
-    pack_left_columns(made(rows.made.gate_up_grad), weight, tile.row_begin, num_rows, k, left);
+    copy_columns(made(rows.made.gate_up_grad), weight, tile.row_begin, num_rows, k, left);
     pack_right(came(rows.x), tile.col_begin, cols, k, scratch.operands.right);
   }
-  add_outer(scratch.operands, num_rows, cols, k, scratch.sums);
+  add_outer<Left::kColumns>(scratch.operands, num_rows, cols, k, scratch.sums);
   if (tile.col_begin != 0) return;
-  for (int m = 0; m < num_rows; ++m) {
-    const GroupPlace place = group_of(m, num_rows, k, left);
-    for (int i = 0; i < k; ++i) scratch.bias[m] += place.at[i * place.size];
+  for (int m = 0; m < num_rows; m += kLanes) {
+    Vector sum = widen(scratch.bias + m);
+    for (int i = 0; i < k; ++i) sum += widen(left + i * cpu::kGradRows + m);
+    narrow(sum, scratch.bias + m);
   }
 }
 
