@@ -163,10 +163,10 @@ class MoE(nn.Module):
 
     @property
     def stats(self) -> dict | None:
-        """Of this layer's last call, forward or backward, None before the first: ``tokens_per_expert``, the rows each local expert
-        computed (from all ranks), and ``bytes_per_peer``, what this rank sent to each rank by kind (header, rows,
-        results, signals) as counted where it was sent. After a call on a GPU this waits for the GPU, and tells of
-        the last call that ran there, also in the replay of a graph.
+        """Of this layer's last call, forward or backward, None before the first: ``tokens_per_expert``, the rows each
+        local expert computed (from all ranks), and ``bytes_per_peer``, what this rank sent to each rank by kind
+        (header, rows, results, signals) as counted where it was sent. After a call on a GPU this waits for the GPU,
+        and tells of the last call that ran there, also in the replay of a graph.
         """
         return groups.stats_of_call(self.group, self.layer)
 
