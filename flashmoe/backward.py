@@ -1,9 +1,9 @@
 """The gradients of the operator: one more call of the core, in which y's gradients travel as tokens do.
 
 Nothing is kept from the forward pass but its arguments. Tokens travel once more beside the gradients, and what the
-experts made of them is computed again: four products of a row for the forward pass' three, and as many as those for the
-weights' gradients. So memory does not grow with depth, and a forward pass that is run again (``torch.utils.checkpoint``)
-costs nothing of its own here.
+experts made of them is computed again: of a gated expert two matrices' products with a row once more, three for the
+row's gradients, and three for the weights'. So what waits for the backward pass does not grow with the experts' width
+nor with k.
 
 Gradients repeat bit by bit. Those of x and topk_weights do not depend on the number of ranks or workers either; those
 of weights are sums over the rows of an expert in an order that does depend on the ranks: each rank's own tokens first.

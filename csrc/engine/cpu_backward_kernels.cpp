@@ -3,9 +3,9 @@
 #define FLASHMOE_JOIN(a, b) FLASHMOE_JOIN_(a, b)
 #define FLASHMOE_ISA_NAMESPACE FLASHMOE_JOIN(cpu_, FLASHMOE_ISA)
 
-#include "engine/cpu_slope.h"
 #include "engine/cpu_outer.h"
 #include "engine/cpu_product.h"
+#include "engine/cpu_slope.h"
 #include "engine/cpu_vector.h"
 
 namespace flashmoe::FLASHMOE_ISA_NAMESPACE {

@@ -60,8 +60,8 @@ class Processor {
     return true;
   }
 
-  // Runs of my results that have come so far, and releases, from all ranks. They come in the order of their experts, not of my
-  // tokens, so a combine may wait for the last of them while all others arrive.
+  // Runs of my results that have come so far, and releases, from all ranks. They come in the order of their experts, not
+  // of my tokens, so a combine may wait for the last of them while all others arrive.
   template <LaneGroup Lanes>
   FLASHMOE_ROLE uint32_t runs_here(const Lanes& lanes) const {
     if (!lanes.broadcast(P::load_acquire(&c_.ws.counters->plan_ready))) return 0;
