@@ -42,7 +42,7 @@ foreach(source ${test_sources})
   set_tests_properties(${name} PROPERTIES TIMEOUT 600 ENVIRONMENT
     "TSAN_OPTIONS=allocator_may_return_null=1;ASAN_OPTIONS=allocator_may_return_null=1")
   # The long ones first, so that at the end no core has nothing to do.
-  if(name MATCHES "^test_(cpu_engine|simt_(ampere|exact|hopper|kernel|trace|unmapped))")
+  if(name MATCHES "^test_(cpu_engine|simt_(ampere|backward|exact|hopper|kernel|trace|unmapped))")
     set_tests_properties(${name} PROPERTIES COST 1)
   endif()
   # Ranks and workers are threads that meet: such a test has the machine for itself. The others are one thread.

@@ -1,32 +1,28 @@
-// The exact engine: tile products on a block's plain fp32 units. Every output owns one accumulator, to which the
-// products of K are added in order by fused multiply-add, so a row's bits depend on that row and its weights alone:
-// not on the tile's height, its columns, or the number of threads.
-//
-// Tokens, weights, biases and results are of the call's dtype, and of any width. Rows are read 16 bytes at a time where
-// all of them allow it, else element by element. One kernel serves all dtypes: they differ where rows are staged and
-// results stored, and nowhere in the products.
+// The exact engine: tile products on a block's plain fp32 units (engine/exact_product.h). Tokens, weights, biases and
+// results are of the call's dtype, and of any width.
 #pragma once
 
 #include <string>
 
 #include "engine/combine_rows.h"
+#include "engine/exact_product.h"
 #include "protocol/tile.h"
 
 namespace flashmoe {
 
 template <int kWarps = 8>
 class ExactEngine {
+  using Product = ExactProduct<kWarps>;
+
  public:
   static constexpr int kCrewWarps = kWarps, kLoaderWarps = 0;
   static constexpr int kHiddenBytes = 4;
-  static constexpr int kCols = 64;  // weight rows of a tile
-  static constexpr int kStep = 32;  // elements of K that are staged at a time
+  static constexpr int kCols = Product::kMostCols;  // weight rows of a tile
 
   struct Shared {
     const std::byte* row[kBlockM];
     std::byte* result[kBlockM];
-    float a[kStep][kBlockM + 1];  // transposed: the threads of a warp read along rows
-    float b[kStep][kCols + 1];
+    typename Product::Staged staged;
 
     FLASHMOE_DEVICE void init() {}
   };
@@ -117,14 +113,11 @@ class ExactEngine {
   }
 
  private:
-  // The crew as a grid over the tile: a thread has kRows × kColumns outputs, each the same distance apart.
-  static constexpr int kThreadColumns = 16, kThreadRows = 32 * kWarps / kThreadColumns;
-  static constexpr int kRows = kBlockM / kThreadRows, kColumns = kCols / kThreadColumns;
-  static_assert(kRows * kThreadRows == kBlockM, "the crew's rows must divide a row block");
-  using Sums = float[kRows][kColumns];
+  static constexpr int kRows = Product::kRows, kColumns = kCols / Product::kThreadColumns;
+  using Sums = typename Product::template Sums<kCols>;
 
-  FLASHMOE_DEVICE static int row_of(int i) { return gpu::thread_in_block() / kThreadColumns + i * kThreadRows; }
-  FLASHMOE_DEVICE static int column_of(int j) { return gpu::thread_in_block() % kThreadColumns + j * kThreadColumns; }
+  FLASHMOE_DEVICE static int row_of(int i) { return Product::row_of(i); }
+  FLASHMOE_DEVICE static int column_of(int j) { return Product::column_of(j); }
 
   // sums += shared.row[0:num_rows, 0:K) · weightsᵀ. Rows are of type `rows`, weights of the call's.
   template <class Group, class Weights>
@@ -132,48 +125,13 @@ class ExactEngine {
                                        int K, const Weights& weights, Sums& sums) {
     const auto row = [&](int r) { return r < num_rows ? shared.row[r] : nullptr; };
     const bool whole_pieces = has_whole_pieces(call);
-    for (int begin = 0; begin < K; begin += kStep) {
-      stage(group, rows, whole_pieces, row, begin, K, shared.a);
-      stage(group, call.dtype, whole_pieces, weights, begin, K, shared.b);
-      group.sync();
-      for (int k = 0; k < kStep; ++k) {
-        float b[kColumns];
-        FLASHMOE_UNROLL
-        for (int j = 0; j < kColumns; ++j) b[j] = shared.b[k][column_of(j)];
-        FLASHMOE_UNROLL
-        for (int i = 0; i < kRows; ++i) {
-          const float a = shared.a[k][row_of(i)];
-          FLASHMOE_UNROLL
-          for (int j = 0; j < kColumns; ++j) sums[i][j] = fmaf(a, b[j], sums[i][j]);
-        }
-      }
-      group.sync();
-    }
-  }
-
-  // to[k][r] = row(r)[begin + k], zeros past K and where there is no row.
-  template <class Group, class Row, int kRowsAndPad>
-  FLASHMOE_DEVICE static void stage(const Group& group, DType dtype, bool whole_pieces, const Row& row, int begin,
-                                    int K, float (&to)[kStep][kRowsAndPad]) {
-    with_dtype(dtype, [&]<DType type>() {
-      whole_pieces ? stage_by<type, kPerPiece<type>>(group, row, begin, K, to)
-                   : stage_by<type, 1>(group, row, begin, K, to);
-    });
-  }
-
-  // kPer elements at a time.
-  template <DType type, int kPer, class Group, class Row, int kRowsAndPad>
-  FLASHMOE_DEVICE static void stage_by(const Group& group, const Row& row, int begin, int K,
-                                       float (&to)[kStep][kRowsAndPad]) {
-    constexpr int kPieces = kStep / kPer;
-    for (int piece = group.rank(); piece < (kRowsAndPad - 1) * kPieces; piece += group.size()) {
-      const int r = piece / kPieces, k = piece % kPieces * kPer;
-      const std::byte* from = row(r);
-      float value[kPer] = {};
-      if (from && begin + k < K) load_elements<type>(from, begin + k, value);
-      FLASHMOE_UNROLL
-      for (int e = 0; e < kPer; ++e) to[k + e][r] = value[e];
-    }
+    Product::multiply(
+        group, shared.staged, K,
+        [&](int k) { Product::template stage_rows<kBlockM>(group, rows, whole_pieces, row, k, K, shared.staged.a); },
+        [&](int k) {
+          Product::template stage_rows<kCols>(group, call.dtype, whole_pieces, weights, k, K, shared.staged.b);
+        },
+        sums);
   }
 };
 

@@ -58,6 +58,11 @@ FLASHMOE_DEVICE bool has_whole_pieces(const Call& call) {
   return bits % 16 == 0;
 }
 
+// The same of a backward call.
+FLASHMOE_DEVICE bool has_whole_gradient_pieces(const Call& call) {
+  return has_whole_pieces(call) && reinterpret_cast<uintptr_t>(call.grad.y) % 16 == 0;
+}
+
 template <DType dtype>
 FLASHMOE_DEVICE float load_element(const std::byte* from, int index) {
   if constexpr (dtype == DType::kFloat32)

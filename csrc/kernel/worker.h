@@ -9,12 +9,14 @@
 
 #include "kernel/rank_state.h"
 #include "kernel/work_ring.h"
+#include "protocol/backward.h"
 
 namespace flashmoe::gpu {
 
 // What an engine must offer here: tiles by the whole crew, whose threads find their rows by tile.h.
 //   kCrewWarps, Shared with init(), Operands, up_cols(gated), down_cols(gated)
 //   tile(group, context, tiles, work, shared), up or down as the work says; combine(group, context, work)
+//   where the platform runs backward calls, kGradRows and kGradCols, and grad tiles among the tiles
 // All threads have read the shared memory of one tile before any of them writes that of the next.
 //
 // It may have loaders, warps that see all the work and fetch for the crew, ahead of it: kLoaderWarps, and if any
@@ -42,7 +44,7 @@ class Worker {
     typename E::Shared engine;
     WorkRing ring;
     uint32_t dealt[E::kCrewWarps * kNearExperts];
-    uint32_t gives_up;  // y
+    uint32_t gives_up;  // its results
     alignas(16) std::byte rank[round_up(sizeof(RankState), 16)];
     BlockTrace trace;
   };
@@ -84,7 +86,10 @@ class Worker {
   FLASHMOE_DEVICE Worker(const Context<P>& context, Shared& shared, int block_of_rank, int blocks)
       : c_(context), shared_(shared), tiles_(context.call.intermediate_size, context.call.hidden_size,
                                              E::up_cols(context.call.gated), E::down_cols(context.call.gated)),
-        block_of_rank_(block_of_rank), blocks_(blocks) {}
+        block_of_rank_(block_of_rank), blocks_(blocks) {
+    if constexpr (P::kBackward)
+      if (const uint32_t tiles = GradTiles(context.call, E::kGradRows, E::kGradCols).count()) tiles_.grad_tiles = tiles;
+  }
 
   // The agent's warp.
   FLASHMOE_DEVICE void decide(RankState& home) {
@@ -169,7 +174,8 @@ class Worker {
           engine.tile(group, c_, tiles_, work, shared_.engine);
           loaded_ahead = E::kLoaderWarps > 0;
           break;
-        default: engine.combine(group, c_, work);
+        default:
+          is_grad_tile(work) ? engine.tile(group, c_, tiles_, work, shared_.engine) : engine.combine(group, c_, work);
       }
       group.sync();
       if (!speaks) continue;
@@ -178,26 +184,44 @@ class Worker {
     }
   }
 
+  FLASHMOE_DEVICE static bool is_grad_tile(const Work& work) {
+    if constexpr (P::kBackward) return work.kind == WorkKind::kGradTile;
+    return false;
+  }
+
   FLASHMOE_DEVICE void stop(const CrewGroup& group) {
     if (group.rank() == 0) shared_.trace.end(BlockTrace::kCrew);
-    give_up_y(group);
+    give_up_results(group);
   }
 
   FLASHMOE_DEVICE Tracer<P> tracer(BlockTrace::Writer writer) { return Tracer<P>(c_, shared_.trace.of(writer)); }
 
-  // Nobody shall take what a failed call left in y for its result: the last block to stop, after which none writes,
-  // overwrites it with NaN.
-  FLASHMOE_DEVICE void give_up_y(const CrewGroup& group) {
+  // Nobody shall take what a failed call left in y, or in gradients, for its result: the last block to stop, after
+  // which none writes, overwrites it with NaN.
+  FLASHMOE_DEVICE void give_up_results(const CrewGroup& group) {
     group.sync();
     if (group.rank() == 0)
       shared_.gives_up = P::fetch_add(&c_.ws.counters->stopped, 1) + 1 == uint32_t(blocks_) &&
                          P::load_acquire(&c_.ws.status->failure);
     group.sync();
     if (!shared_.gives_up) return;
+    const Call& call = c_.call;
+    give_up(group, call.y, call.num_tokens * call.row_bytes());
+    if constexpr (P::kBackward) {
+      const Gradients& grad = call.grad;
+      const size_t experts = call.num_local_experts(), up_rows = call.up_rows(), element = dtype_bytes(call.dtype);
+      give_up(group, reinterpret_cast<std::byte*>(grad.topk_weights), sizeof(float) * call.num_tokens * call.top_k);
+      give_up(group, grad.gate_up_proj, experts * up_rows * call.row_bytes());
+      give_up(group, grad.gate_up_bias, experts * up_rows * element);
+      give_up(group, grad.down_proj, experts * call.row_bytes() * call.intermediate_size);
+      give_up(group, grad.down_bias, experts * call.row_bytes());
+    }
+  }
+  FLASHMOE_DEVICE static void give_up(const CrewGroup& group, std::byte* results, size_t bytes) {
+    if (P::kBackward && !results) return;  // not asked for
     // Two bytes at a time, since rows may be of any width: all ones is no number in each of the dtypes.
-    uint16_t* y = reinterpret_cast<uint16_t*>(c_.call.y);
-    const size_t halves = c_.call.num_tokens * c_.call.row_bytes() / 2;
-    for (size_t i = group.rank(); i < halves; i += group.size()) y[i] = 0xffff;
+    uint16_t* halves = reinterpret_cast<uint16_t*>(results);
+    for (size_t i = group.rank(); i < bytes / 2; i += group.size()) halves[i] = 0xffff;
   }
 
   Context<P> c_;

@@ -13,7 +13,7 @@ namespace flashmoe {
 
 class CudaPlatform {
  public:
-  static constexpr bool kBackward = false;  // not written yet for a GPU's engines
+  static constexpr bool kBackward = false;
 
   FLASHMOE_DEVICE CudaPlatform(const Call& call, const Peers& peers, const Workspace& workspace)
       : ep_rank_(call.ep_rank), heaps_(peers.heaps), ws_(workspace) {}
@@ -95,6 +95,13 @@ class CudaPlatform {
   const Workspace& ws_;
 };
 
-static_assert(Platform<CudaPlatform>);
+// For kernels of backward calls: those of forward calls are free of what these need.
+class CudaBackwardPlatform : public CudaPlatform {
+ public:
+  static constexpr bool kBackward = true;
+  using CudaPlatform::CudaPlatform;
+};
+
+static_assert(Platform<CudaPlatform> && Platform<CudaBackwardPlatform>);
 
 }  // namespace flashmoe

@@ -26,13 +26,15 @@ FLASHMOE_ROLE BackwardRows backward_rows(const Context<P>& c, uint32_t ring_slot
   return {first, hidden, hidden + c.call.intermediate_size, ptrdiff_t(c.ws.hidden_stride)};
 }
 
-// Calls f(row in block, x, dy, w) for the rows of the block in ring slot `ring_slot`.
+// Where in a result row the gradient of its top-k weight lies.
+FLASHMOE_HD inline size_t weight_gradient_at(const Call& call) { return round_up(call.row_bytes(), 16); }
+
+// Calls f(row in block, x, dy, w) for rows [begin, begin + num) of the block in ring slot `ring_slot`.
 template <class P, class F>
-FLASHMOE_ROLE void for_each_gradient_row(const Context<P>& c, uint32_t ring_slot, F&& f) {
+FLASHMOE_ROLE void for_each_gradient_row(const Context<P>& c, uint32_t ring_slot, uint32_t begin, uint32_t num, F&& f) {
   const Call& call = c.call;
-  const RowBlock& block = c.ws.ring[ring_slot];
   const size_t row_bytes = call.row_bytes();
-  for_each_run(call, c.ws, block, 0, block.num_rows, [&](const Run& run) {
+  for_each_run(call, c.ws, c.ws.ring[ring_slot], begin, num, [&](const Run& run) {
     const bool mine = run.source_index == 0;
     const int source = call.canonical_source(run.source_index);
     const std::byte* x = mine ? call.x : c.platform.heap() + c.layout.inbox_at(call.ep_rank, source, 0, 0);

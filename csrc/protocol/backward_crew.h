@@ -49,10 +49,12 @@ class BackwardCrewOfOne {
     float weight[kBlockM];
   };
   GradientRows gather(uint32_t ring_slot, Gathered& g) const {
-    for_each_gradient_row(c_, ring_slot, [&](uint32_t r, const std::byte* x, const std::byte* dy, float weight) {
+    const uint32_t num_rows = c_.ws.ring[ring_slot].num_rows;
+    const auto take = [&](uint32_t r, const std::byte* x, const std::byte* dy, float weight) {
       g.x[r] = x, g.dy[r] = dy, g.weight[r] = weight;
-    });
-    return {g.x, g.dy, g.weight, int(c_.ws.ring[ring_slot].num_rows), backward_rows(c_, ring_slot)};
+    };
+    for_each_gradient_row(c_, ring_slot, 0, num_rows, take);
+    return {g.x, g.dy, g.weight, int(num_rows), backward_rows(c_, ring_slot)};
   }
 
   void compute_up(const Work& work) {
@@ -74,7 +76,7 @@ class BackwardCrewOfOne {
     for (int r = 0; r < t.num_rows; ++r) {
       float sum = 0;
       for (uint32_t part = 0; part < tiles_.up_tiles; ++part) sum += made.dot[r * made.stride + part];
-      std::memcpy(static_cast<std::byte*>(rows[r]) + weight_gradient_at(), &sum, sizeof sum);
+      std::memcpy(static_cast<std::byte*>(rows[r]) + weight_gradient_at(c_.call), &sum, sizeof sum);
     }
   }
 
@@ -111,15 +113,12 @@ class BackwardCrewOfOne {
         float& grad = call.grad.topk_weights[pair];
         grad = 0;  // of a dropped pair
         if (!row) continue;
-        std::memcpy(&grad, row + weight_gradient_at(), sizeof grad);
+        std::memcpy(&grad, row + weight_gradient_at(c_.call), sizeof grad);
         rows[num] = row, weights[num++] = call.topk_weights[pair];
       }
       engine_.combine(problem_, rows, weights, num, call.y + token * call.row_bytes());
     }
   }
-
-  // In a result row.
-  size_t weight_gradient_at() const { return round_up(c_.call.row_bytes(), 16); }
 
   Context<P> c_;
   const E& engine_;

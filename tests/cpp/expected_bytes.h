@@ -14,7 +14,8 @@ struct Bytes {
 };
 
 // `dedup` false: as if a row travelled once per expert. A backward call sends x and y's gradient in a slot, a weight
-// with each entry, a float behind each result's gradient, each in 16 bytes, and a release to whoever sent rows.
+// with each entry, a float behind each result's gradient, each in 16 bytes, and for each expert a release to whoever
+// sent it rows.
 inline Bytes expected(const CallOfAll& call, int rank, bool dedup = true, bool backward = false) {
   const Layer& l = *call.layer;
   const int ep_size = int(call.tokens.size());

@@ -13,7 +13,12 @@ namespace flashmoe::test {
 
 class RankCall {
  public:
-  RankCall(const CallOfAll& of_all, int rank, int ep_size, uint64_t epoch, const HeapLayout& layout, const Machine& machine)
+  using OfAll = CallOfAll;
+  static constexpr bool kBackward = false;
+
+  // `amend`: makes a call of another kind of it.
+  RankCall(const CallOfAll& of_all, int rank, int ep_size, uint64_t epoch, const HeapLayout& layout, const Machine& machine,
+           const std::function<void(Call&)>& amend = [](Call&) {})
       : shape(*of_all.layer), args_(of_all, rank, ep_size) {
     const ForwardArgs& a = args_.args;
     const ExpertMap owner = of_all.map ? *of_all.map : equal_blocks(a.num_experts, ep_size);
@@ -35,6 +40,7 @@ class RankCall {
     call.x = bytes(a.x), call.y = static_cast<std::byte*>(a.y), call.topk_ids = ids_.data(), call.topk_weights = a.topk_weights;
     call.gate_up_proj = bytes(a.gate_up_proj), call.gate_up_bias = bytes(a.gate_up_bias);
     call.down_proj = bytes(a.down_proj), call.down_bias = bytes(a.down_bias);
+    amend(call);
 
     const Workspace size(call, layout, machine, nullptr);
     // Not zeroed: nothing may be read that this call has not written. Small numbers, as counts and indices are.

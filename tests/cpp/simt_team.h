@@ -40,12 +40,14 @@ struct SimtOutcome {
   }
 };
 
-template <class P, class E, class Group>
+// C: a rank's call, of whose kind all are.
+template <class P, class E, class Group, class C = RankCall>
 class SimtTeam {
  public:
   using Kernel = gpu::Worker<P, E, Group>;
 
-  SimtTeam(const Program& program, const SimtOptions& options) : options_(options), layout_(limits_of(program, options.ep_size)) {
+  SimtTeam(const std::vector<typename C::OfAll>& program, const SimtOptions& options)
+      : options_(options), layout_(limits_of_all(program, options.ep_size)) {
     for (int r = 0; r < options.ep_size; ++r)
       arenas_.emplace_back(heap_at(options.ep_size) + layout_.bytes + stage_bytes(layout_, options.ring_blocks));
     std::vector<gpu::simt::Arena> by_pe;
@@ -54,10 +56,10 @@ class SimtTeam {
       places_.push_back(places_of(r));
     }
     network_.emplace(by_pe);
-    for (const CallOfAll& call : program) {
+    for (const auto& call : program) {
       calls_.emplace_back();
       for (int r = 0; r < options.ep_size; ++r)
-        calls_.back().push_back(std::make_unique<RankCall>(call, r, options.ep_size, 0, layout_, machine_of(r)));
+        calls_.back().push_back(std::make_unique<C>(call, r, options.ep_size, 0, layout_, machine_of(r)));
       operands_.emplace_back(options.ep_size);
       for (int r = 0; r < options.ep_size; ++r) {
         const std::string error = E::make_operands(&operands_.back()[r], calls_.back()[r]->call);
@@ -96,7 +98,15 @@ class SimtTeam {
     });
   }
 
+  const C& call(size_t call, int rank) const { return *calls_[call][rank]; }
+
  private:
+  static Limits limits_of_all(const std::vector<typename C::OfAll>& program, int ep_size) {
+    Limits limits = limits_of(Program(program.begin(), program.end()), ep_size);
+    limits.backward = C::kBackward;
+    return limits;
+  }
+
   // A rank's part of the transport's memory: its heap, each rank's at another place, and its stage.
   class RankArena {
    public:
@@ -155,7 +165,7 @@ class SimtTeam {
   int grid() const { return options_.ep_size * options_.blocks_per_rank; }
 
   void begin(int rank, size_t call) {
-    const RankCall& c = *calls_[call][rank];
+    const C& c = *calls_[call][rank];
     gpu::begin_call(gpu::WholeBlock{}, ranks_[rank], c.call, *c.workspace,
                     {c.tokens().ids.data(), 8, const_cast<int32_t*>(c.call.topk_ids)});
   }
@@ -193,7 +203,7 @@ class SimtTeam {
   std::vector<RankArena> arenas_;
   std::vector<Places> places_;
   std::optional<gpu::simt::RemoteNetwork> network_;
-  std::vector<std::vector<std::unique_ptr<RankCall>>> calls_;  // [call][rank]
+  std::vector<std::vector<std::unique_ptr<C>>> calls_;  // [call][rank]
   std::vector<std::vector<typename E::Operands>> operands_;         // [call][rank]
   std::vector<std::vector<TraceEvent>> events_;  // by rank
   std::vector<std::vector<gpu::TraceEnd>> ends_;
@@ -209,13 +219,31 @@ SimtOutcome run_simt(const Program& program, const SimtOptions& options, uint64_
   return back_to_back ? team.run_back_to_back(seed) : team.run(seed);
 }
 
-// What is wrong with an outcome, or nothing. `allowed`: of error, in place of the dtype's tolerance.
-inline std::string trouble_of(const SimtOutcome& o, const Program& program, std::optional<double> allowed = {}) {
+// Which rank failed, or what the machine threw, or nothing.
+inline std::string failure_of(const SimtOutcome& o) {
   if (!o.misuse.empty()) return o.misuse;
   for (size_t r = 0; r < o.status.size(); ++r)
     if (o.status[r].failure)
       return "rank " + std::to_string(r) + " failed: failure " + std::to_string(o.status[r].failure) + ", phase " +
              std::to_string(o.status[r].phase) + ", peer " + std::to_string(o.status[r].peer);
+  return {};
+}
+
+// Of the last call: what it should have sent.
+inline std::string miscount_of(const SimtOutcome& o, const CallOfAll& call, bool backward) {
+  for (size_t r = 0; r < o.sent.size(); ++r) {
+    Bytes got, want = expected(call, int(r), true, backward);
+    std::vector<uint64_t>* kinds[kTrafficKinds] = {&got.header, &got.rows, &got.results, &got.signals};
+    for (size_t i = 0; i < o.sent[r].size(); ++i) kinds[i % kTrafficKinds]->push_back(o.sent[r][i]);
+    want.tokens_per_expert.clear();
+    if (!(got == want)) return "rank " + std::to_string(r) + " counted " + text(got) + "and should have sent " + text(want);
+  }
+  return {};
+}
+
+// What is wrong with an outcome, or nothing. `allowed`: of error, in place of the dtype's tolerance.
+inline std::string trouble_of(const SimtOutcome& o, const Program& program, std::optional<double> allowed = {}) {
+  if (const std::string failure = failure_of(o); !failure.empty()) return failure;
   for (size_t c = 0; c < program.size(); ++c)
     for (size_t r = 0; r < program[c].tokens.size(); ++r) {
       const Layer& l = *program[c].layer;
@@ -223,14 +251,7 @@ inline std::string trouble_of(const SimtOutcome& o, const Program& program, std:
       if (!(error <= 1))
         return "call " + std::to_string(c) + ", rank " + std::to_string(r) + ": error is " + std::to_string(error) + " times the tolerance";
     }
-  for (size_t r = 0; r < o.sent.size(); ++r) {
-    Bytes got, want = expected(program.back(), int(r));
-    std::vector<uint64_t>* kinds[kTrafficKinds] = {&got.header, &got.rows, &got.results, &got.signals};
-    for (size_t i = 0; i < o.sent[r].size(); ++i) kinds[i % kTrafficKinds]->push_back(o.sent[r][i]);
-    want.tokens_per_expert.clear();
-    if (!(got == want)) return "rank " + std::to_string(r) + " counted " + text(got) + "and should have sent " + text(want);
-  }
-  return {};
+  return miscount_of(o, program.back(), false);
 }
 
 }  // namespace flashmoe::test
