@@ -44,7 +44,7 @@ class Buffer {
       void* data = mmap(nullptr, larger, PROT_READ | PROT_WRITE, flags, -1, 0);
       if (data == MAP_FAILED) throw std::bad_alloc();
       data_ = static_cast<std::byte*>(data), bytes_ = larger;
-      ask_for_large_pages(data_, bytes_);
+      if (!sparse) ask_for_large_pages(data_, bytes_);
     }
     return data_;
   }
