@@ -56,10 +56,11 @@ FLASHMOE_ROLE uint32_t rows_of_expert(const Context<P>& c, uint32_t expert) {
 // Calls f(ring slot) for the row blocks of an expert in the order of its canonical list, once all are published.
 template <class P, class F>
 FLASHMOE_ROLE void for_each_block_of(const Context<P>& c, uint32_t expert, F&& f) {
-  uint32_t slot = c.ws.first_block[expert];
+  const BackwardTables tables = c.backward_tables();
+  uint32_t slot = tables.first_block[expert];
   for (uint32_t left = ceil_div<uint32_t>(rows_of_expert(c, expert), kBlockM); left > 0; --left) {
     f(slot);
-    if (left > 1) slot = c.ws.following[slot];
+    if (left > 1) slot = tables.following[slot];
   }
 }
 

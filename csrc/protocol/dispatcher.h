@@ -107,7 +107,7 @@ class Dispatcher {
     for (int e = group.rank(); e <= experts; e += group.size()) entry_begin[e] = ws.segment_row[begin + e] - first;
     P::copy(group, header_entry_slot(header, experts), ws.row_slot + first, entries * sizeof(uint32_t));
     if (c_.backward())
-      P::copy(group, header_entry_weight(header, experts, entries), ws.row_weight + first, entries * sizeof(float));
+      P::copy(group, header_entry_weight(header, experts, entries), c_.backward_tables().row_weight + first, entries * sizeof(float));
   }
 
   FLASHMOE_ROLE void commit_header(int d) {

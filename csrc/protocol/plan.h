@@ -225,8 +225,9 @@ FLASHMOE_ROLE void plan_slots(const Group& group, const Call& call, Workspace& w
 // After plan_segments, in a backward call: the gradients of an expert's weights need those of its rows.
 template <ThreadGroup Group>
 FLASHMOE_ROLE void plan_weights(const Group& group, const Call& call, Workspace& ws) {
+  float* row_weight = ws.of_backward(call).row_weight;
   for (int pair = group.rank(); pair < call.num_tokens * call.top_k; pair += group.size())
-    if (ws.result_row[pair] >= 0) ws.row_weight[ws.result_row[pair]] = call.topk_weights[pair];
+    if (ws.result_row[pair] >= 0) row_weight[ws.result_row[pair]] = call.topk_weights[pair];
   group.sync();
 }
 

@@ -29,7 +29,7 @@ class Processor {
   // Tells the others that `work` is done; by one thread, once all who wrote its results have met.
   FLASHMOE_ROLE void finish(const Work& work) {
     if (work.kind == WorkKind::kGradTile) {
-      if (P::fetch_add(&c_.ws.grads_done[work.index], 1) + 1 == tiles_.grad_tiles) release_expert(work.index);
+      if (P::fetch_add(&c_.backward_tables().grads_done[work.index], 1) + 1 == tiles_.grad_tiles) release_expert(work.index);
       return;
     }
     RowBlock& block = c_.ws.ring[work.index];
@@ -38,7 +38,7 @@ class Processor {
       if (P::fetch_sub(&block.up_tiles_left, 1) == 1) {
         push_down<P>(c_.ws.counters->down, c_.ws.down_entries, num_down_places(c_.ws.ring_blocks),
                      uint32_t(work.index));
-        if (c_.backward()) P::fetch_add(&c_.ws.blocks_ready[block.local_expert], 1);
+        if (c_.backward()) P::fetch_add(&c_.backward_tables().blocks_ready[block.local_expert], 1);
       }
     } else if (work.kind == WorkKind::kDownTile) {
       if (P::fetch_sub(&block.down_tiles_left, 1) == 1) return_rows(block, uint32_t(work.index));
@@ -128,7 +128,7 @@ class Processor {
   }
 
   FLASHMOE_ROLE bool expert_is_ready(uint32_t expert) const {
-    return P::load_acquire(&c_.ws.blocks_ready[expert]) == ceil_div<uint32_t>(rows_of_expert(c_, expert), kBlockM);
+    return P::load_acquire(&c_.backward_tables().blocks_ready[expert]) == ceil_div<uint32_t>(rows_of_expert(c_, expert), kBlockM);
   }
 
   // In a backward call a reply does not mean consumed: weight gradients are sums over rows that were replied to long ago.

@@ -41,7 +41,7 @@ FLASHMOE_ROLE const uint32_t* packet_slots_of(const Context<P>& c, int source_in
 // The top-k weights of the same entries, in a backward call.
 template <class P>
 FLASHMOE_ROLE const float* packet_weights_of(const Context<P>& c, int source_index) {
-  if (source_index == 0) return c.ws.row_weight + c.ws.packet_row[0];
+  if (source_index == 0) return c.backward_tables().row_weight + c.ws.packet_row[0];
   const int experts = c.call.num_local_experts();
   const uint32_t entries = c.ws.entry_begin[source_index * (experts + 1) + experts];
   return reinterpret_cast<const float*>(packet_slots_of(c, source_index) + entries);

@@ -103,11 +103,12 @@ class Scheduler {
 
   // For the weight gradients of a backward call: `num` more blocks of one expert, from sequence number `first` on.
   FLASHMOE_ROLE void append_blocks(int expert, uint32_t first, uint32_t num) {
-    Workspace& ws = c_.ws;
     if (!c_.backward() || num == 0) return;
-    (ws.next_block[expert] == 0 ? ws.first_block[expert] : ws.following[ws.last_block[expert]]) = first;
-    for (uint32_t b = first + 1; b < first + num; ++b) ws.following[b - 1] = b;
-    ws.last_block[expert] = first + num - 1;
+    const BackwardTables tables = c_.backward_tables();
+    uint32_t& last = tables.last_block[expert];
+    (c_.ws.next_block[expert] == 0 ? tables.first_block[expert] : tables.following[last]) = first;
+    for (uint32_t b = first + 1; b < first + num; ++b) tables.following[b - 1] = b;
+    last = first + num - 1;
   }
 
   // All bundles of the lanes' experts that own their ring slots, in the order of the experts; true if that is all of them.

@@ -69,6 +69,16 @@ FLASHMOE_HD inline size_t backward_hidden_width(const Call& call) {
   return size_t(call.up_rows()) + call.intermediate_size + ceil_div(call.intermediate_size, 16);
 }
 
+// What a backward call needs besides. Each expert's row blocks are a list, by sequence number.
+struct BackwardTables {
+  uint32_t* first_block;   // [num_local_experts]
+  uint32_t* last_block;    // [num_local_experts] published so far
+  uint32_t* blocks_ready;  // [num_local_experts] those whose up tiles have ended
+  uint32_t* grads_done;    // [num_local_experts] grad tiles that have
+  uint32_t* following;     // [ring_blocks] the expert's next block
+  float* row_weight;       // [num_tokens · top_k] top-k weight of each result row
+};
+
 struct Workspace {
   Counters* counters;
   Status* status;
@@ -87,7 +97,6 @@ struct Workspace {
   uint32_t* dealt;           // [plan_warps, num_experts] scratch: rows of each position that lie before the warp's next
   uint32_t* slots_before;    // [num_tokens · top_k + 1] scratch: slots of all destinations before that of each row
 
-  float* row_weight;         // [num_tokens · top_k] top-k weight of each result row; of a backward call, as is …
 
   // What the sources sent (subscriber). Sources in canonical order.
   uint32_t* entry_begin;   // [ep_size, num_local_experts + 1] the packets' own prefix sums
@@ -105,12 +114,7 @@ struct Workspace {
   Bundle* bundles;         // [num_bundle_places] of each block
   uint64_t* down_entries;  // [num_down_places]
   float* hidden;           // [ring_blocks, kBlockM, hidden_stride] activated up-tile outputs, of the engine's type; of
-                           // a backward call see protocol/backward.h
-  uint32_t* first_block;   // [num_local_experts] … the list of each expert's row blocks, by sequence number:
-  uint32_t* last_block;    // [num_local_experts] published so far
-  uint32_t* following;     // [ring_blocks] the expert's next block
-  uint32_t* blocks_ready;  // [num_local_experts] those whose up tiles have ended
-  uint32_t* grads_done;    // [num_local_experts] grad tiles that have
+                           // a backward call see protocol/backward.h, and its tables lie behind them
 
   // Only where peers are not mapped: which blocks' results are on their way, and what travels, until it has landed.
   uint32_t* ring_sent;      // [ring_blocks] the sequence number that ring_free will have once the results have landed
@@ -152,7 +156,6 @@ struct Workspace {
     region(num_slots, ep_size);
     region(dealt, machine.plan_warps * experts);
     region(slots_before, pairs + 1);
-    region(row_weight, backward ? pairs : 0);
     region(entry_begin, ep_size * (local + 1));
     region(row_offset, (ep_size + 1) * local);
     region(run_signal, ep_size * local);
@@ -164,12 +167,7 @@ struct Workspace {
     region(ring_free, ring_blocks);
     region(bundles, num_bundle_places(ring_blocks));
     region(down_entries, num_down_places(ring_blocks));
-    region(first_block, backward ? local : 0);
-    region(last_block, backward ? local : 0);
-    region(following, backward ? ring_blocks : 0);
-    region(blocks_ready, backward ? local : 0);
-    region(grads_done, backward ? local : 0);
-    region(hidden, ring_blocks * kBlockM * hidden_stride);
+    region(hidden, hidden_floats() + (backward ? 4 * local + ring_blocks + pairs : 0));
     ring_sent = ring_landing = nullptr, packet_stage = result_stage = nullptr;
     if (!machine.staged) return;
     region(ring_sent, ring_blocks);
@@ -180,6 +178,17 @@ struct Workspace {
       region(packet_stage, packet_stage_bytes(layout));
       region(result_stage, ring_blocks * kBlockM * call.result_bytes());
     }
+  }
+
+  FLASHMOE_HD size_t hidden_floats() const { return ring_blocks * kBlockM * hidden_stride; }
+  // They have no pointers here: all of a workspace's are in registers where a GPU's call begins, and forward calls have
+  // no use for these.
+  FLASHMOE_HD BackwardTables of_backward(const Call& call) const {
+    const size_t local = call.num_local_experts();
+    uint32_t* first = reinterpret_cast<uint32_t*>(hidden + hidden_floats());
+    uint32_t* following = first + 4 * local;
+    return {first, first + local, first + 2 * local, first + 3 * local, following,
+            reinterpret_cast<float*>(following + ring_blocks)};
   }
 
   // Before the first worker enters the call.
@@ -194,8 +203,10 @@ struct Workspace {
     for (int i = group.rank(); i < call.ep_size; i += group.size()) num_chunks[i] = chunks_ready[i] = 0;
     for (int i = group.rank(); i < call.ep_size * kTrafficKinds; i += group.size()) sent[i] = 0;
     for (int e = group.rank(); e < call.num_local_experts(); e += group.size()) row_offset[e] = next_block[e] = 0;
-    for (int e = group.rank(); call.tag.backward() && e < call.num_local_experts(); e += group.size())
-      blocks_ready[e] = grads_done[e] = 0;
+    for (int e = group.rank(); call.tag.backward() && e < call.num_local_experts(); e += group.size()) {
+      const BackwardTables tables = of_backward(call);
+      tables.blocks_ready[e] = tables.grads_done[e] = 0;
+    }
     for (uint32_t r = group.rank(); r < ring_blocks; r += group.size()) {
       ring_free[r] = r;
       if (ring_sent) ring_sent[r] = r;
@@ -216,6 +227,7 @@ struct Context {
     if constexpr (P::kBackward) return call.tag.backward();
     return false;
   }
+  FLASHMOE_HD BackwardTables backward_tables() const { return ws.of_backward(call); }
   FLASHMOE_HD size_t slot_bytes() const { return backward() ? call.slot_bytes() : call.row_bytes(); }
   FLASHMOE_HD size_t result_bytes() const { return backward() ? call.result_bytes() : call.row_bytes(); }
 

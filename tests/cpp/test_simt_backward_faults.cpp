@@ -126,7 +126,7 @@ void block_handed_on_early() {
 struct GradientsEarly : CudaBackwardPlatform {
   static inline const uint32_t *ready = nullptr, *rows = nullptr;  // of each expert
   GradientsEarly(const Call& call, const Peers& peers, const Workspace& ws) : CudaBackwardPlatform(call, peers, ws) {
-    ready = ws.blocks_ready, rows = ws.row_offset + call.num_local_experts();
+    ready = ws.of_backward(call).blocks_ready, rows = ws.row_offset + call.num_local_experts();
   }
   template <class T>
   static T load_acquire(const T* word) {
