@@ -114,7 +114,8 @@ void peer_that_leaves() {
     network.put({1, 4096, payload.data(), payload.size(), 0, 2});
     network.release_when_landed(&word, 1);
     check(eventually([&] { return network.quiet() && HostPlatform::load_acquire(&word) == 1; }, 5), "nothing is under way to it");
-    check(!ranks.fabrics[0]->failed(1), "it said goodbye");
+    // A connection that is closed with rows unread is reset, and the reset may overtake the goodbye.
+    if (!midst) check(!ranks.fabrics[0]->failed(1), "it said goodbye");
     ranks.fabrics[0]->close(), ranks.fabrics[0]->close();
     network.put({1, 4096, payload.data(), 8, 0, 3});
     check(network.quiet(), "a closed network is quiet");
