@@ -17,31 +17,25 @@ TileShape backward_tile_shape(const Call& call, const typename E::Problem& probl
   return tiles;
 }
 
+// What a forward call's does, and its own tiles.
 template <Platform P, BackwardEngine E>
-class BackwardCrewOfOne {
+class BackwardCrewOfOne : public CrewOfOne<P, E> {
+  using Forward = CrewOfOne<P, E>;
+  using Forward::c_, Forward::engine_, Forward::problem_, Forward::scratch_, Forward::tiles_;
+
  public:
   BackwardCrewOfOne(const Context<P>& context, const E& engine, const typename E::Problem& problem, void* scratch)
-      : c_(context),
-        engine_(engine),
-        problem_(problem),
-        scratch_(scratch),
-        tiles_(backward_tile_shape<E>(context.call, problem)),
-        dispatcher_(context),
-        processor_(context, tiles_) {}
-
-  const TileShape& tiles() const { return tiles_; }
+      : Forward(context, engine, problem, scratch, backward_tile_shape<E>(context.call, problem)) {}
 
   void perform(const Work& work) {
     switch (work.kind) {
-      case WorkKind::kPlan:
-      case WorkKind::kSendChunk: return dispatcher_.perform(Alone{}, work);
       case WorkKind::kUpTile: return compute_up(work);
       case WorkKind::kDownTile: return compute_down(work);
       case WorkKind::kGradTile: return compute_gradient(work);
-      default: return combine(work);
+      default: Forward::perform(work);  // a combine sums rows of gradients as it sums results
     }
+    if (work.kind == WorkKind::kCombine) take_weight_gradients(work);
   }
-  void finish(const Work& work) { is_of_dispatcher(work.kind) ? dispatcher_.finish(work) : processor_.finish(work); }
 
  private:
   struct Gathered {
@@ -101,32 +95,16 @@ class BackwardCrewOfOne {
                            of_expert(call.grad.gate_up_bias, call.up_rows() * element), scratch_);
   }
 
-  void combine(const Work& work) {
+  void take_weight_gradients(const Work& work) {
     const Call& call = c_.call;
     const TokenRange tokens = combine_tokens(call, work.index);
-    for (int token = tokens.begin; token < tokens.end; ++token) {
-      const void* rows[kMaxTopK];
-      float weights[kMaxTopK];
-      int num = 0;
-      for (int pair = token * call.top_k; pair < (token + 1) * call.top_k; ++pair) {
-        const std::byte* row = returned_row(c_, pair);
-        float& grad = call.grad.topk_weights[pair];
-        grad = 0;  // of a dropped pair
-        if (!row) continue;
-        std::memcpy(&grad, row + weight_gradient_at(c_.call), sizeof grad);
-        rows[num] = row, weights[num++] = call.topk_weights[pair];
-      }
-      engine_.combine(problem_, rows, weights, num, call.y + token * call.row_bytes());
+    for (int pair = tokens.begin * call.top_k; pair < tokens.end * call.top_k; ++pair) {
+      const std::byte* row = returned_row(c_, pair);
+      float& grad = call.grad.topk_weights[pair];
+      grad = 0;  // of a dropped pair
+      if (row) std::memcpy(&grad, row + weight_gradient_at(call), sizeof grad);
     }
   }
-
-  Context<P> c_;
-  const E& engine_;
-  const typename E::Problem& problem_;
-  void* scratch_;
-  TileShape tiles_;
-  Dispatcher<P> dispatcher_;
-  Processor<P> processor_;
 };
 
 }  // namespace flashmoe

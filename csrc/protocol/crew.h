@@ -16,13 +16,7 @@ template <Platform P, TileEngine E>
 class CrewOfOne {
  public:
   CrewOfOne(const Context<P>& context, const E& engine, const typename E::Problem& problem, void* scratch)
-      : c_(context),
-        engine_(engine),
-        problem_(problem),
-        scratch_(scratch),
-        tiles_(tile_shape<E>(context.call, problem)),
-        dispatcher_(context),
-        processor_(context, tiles_) {}
+      : CrewOfOne(context, engine, problem, scratch, tile_shape<E>(context.call, problem)) {}
 
   const TileShape& tiles() const { return tiles_; }
 
@@ -37,6 +31,23 @@ class CrewOfOne {
   }
   // Tells the others.
   void finish(const Work& work) { is_of_dispatcher(work.kind) ? dispatcher_.finish(work) : processor_.finish(work); }
+
+ protected:
+  CrewOfOne(const Context<P>& context, const E& engine, const typename E::Problem& problem, void* scratch,
+            const TileShape& tiles)
+      : c_(context),
+        engine_(engine),
+        problem_(problem),
+        scratch_(scratch),
+        tiles_(tiles),
+        dispatcher_(context),
+        processor_(context, tiles) {}
+
+  Context<P> c_;
+  const E& engine_;
+  const typename E::Problem& problem_;
+  void* scratch_;
+  TileShape tiles_;
 
  private:
   void compute_up(const Work& work) {
@@ -73,11 +84,6 @@ class CrewOfOne {
     }
   }
 
-  Context<P> c_;
-  const E& engine_;
-  const typename E::Problem& problem_;
-  void* scratch_;
-  TileShape tiles_;
   Dispatcher<P> dispatcher_;
   Processor<P> processor_;
 };

@@ -49,18 +49,18 @@ FLASHMOE_ROLE DownTile down_tile(const Context<P>& c, const TileShape& tiles, co
 }
 
 // Calls f(row in block, address) for rows [begin, begin + num) of the block in ring slot `ring_slot`: canonical rows
-// are read where they lie, my own in x, the others' in their inboxes. Nobody merges lists.
+// are read where they lie, my own in x, the others' in their inboxes. Nobody merges lists. A backward call's slots hold
+// more (for_each_gradient_row).
 template <class P, class F>
 FLASHMOE_ROLE void for_each_token_row(const Context<P>& c, uint32_t ring_slot, uint32_t begin, uint32_t num, F&& f) {
   const Call& call = c.call;
   const size_t row_bytes = call.row_bytes();
   for_each_run(call, c.ws, c.ws.ring[ring_slot], begin, num, [&](const Run& run) {
-    const bool mine = run.source_index == 0;
     const int source = call.canonical_source(run.source_index);
-    const std::byte* base = mine ? call.x : c.platform.heap() + c.layout.inbox_at(call.ep_rank, source, 0, 0);
-    const size_t stride = mine ? row_bytes : c.slot_bytes();
+    const std::byte* base =
+        run.source_index == 0 ? call.x : c.platform.heap() + c.layout.inbox_at(call.ep_rank, source, 0, row_bytes);
     const uint32_t* slot = packet_slots_of(c, run.source_index) + run.entry;
-    for (uint32_t r = 0; r < run.num_rows; ++r) f(run.row_in_block + r, base + slot[r] * stride);
+    for (uint32_t r = 0; r < run.num_rows; ++r) f(run.row_in_block + r, base + slot[r] * row_bytes);
   });
 }
 
