@@ -53,7 +53,7 @@ tests() {  # file, options of pytest ...
 sanitize() {  # tool, options of it ...
   FLASHMOE_TIMEOUT_S=300 FLASHMOE_ENTRY_TIMEOUT_S=300 compute-sanitizer --tool "$@" --kernel-name kns=flashmoe \
     --error-exitcode 9 --print-limit 20 "$python" -m pytest -v -p no:cacheprovider tests/test_cuda.py \
-    tests/test_cuda_ranks.py -k "no_tokens_small or dropped_and_skewed_small or two_ranks_small"
+    tests/test_cuda_ranks.py tests/test_cuda_backward.py -k "no_tokens_small or dropped_and_skewed_small or two_ranks_small"
 }
 # Several processes on the card: at once where MPS can be started, else in turns.
 processes() {
@@ -91,17 +91,19 @@ mkdir -p "$out/gpu"
 step build 100 bash -c build
 step engines 13 bash -o pipefail -c engines
 step info 24 bash -c '"$python" -m flashmoe info && "$python" -m torch.distributed.run -m flashmoe info --distributed'
-step layer 70 bash -c 'tests tests/test_cuda.py'
-step ranks 40 bash -c 'tests tests/test_cuda_ranks.py'
-step graphs 28 bash -c 'tests tests/test_cuda_graphs.py tests/test_cuda_routing.py'
-step trace 30 bash -c 'tests tests/test_cuda_trace.py'
-step timeline 26 bash -c timeline
-step processes 54 bash -c processes
-step memcheck 36 bash -c 'sanitize memcheck --report-api-errors no'
-step racecheck 36 bash -c 'sanitize racecheck'
-step prefill 36 bash -c 'layers 18 --tokens 8192 512'
-step decode 26 bash -c 'layers 9 --tokens 1 8 32 128 --graph'
-step micro 20 "$python" -m flashmoe bench micro -k bench_gpu --json "$out/gpu/micro.json"
+step layer 60 bash -c 'tests tests/test_cuda.py'
+step ranks 34 bash -c 'tests tests/test_cuda_ranks.py'
+step backward 28 bash -c 'tests tests/test_cuda_backward.py'
+step graphs 26 bash -c 'tests tests/test_cuda_graphs.py tests/test_cuda_routing.py'
+step trace 24 bash -c 'tests tests/test_cuda_trace.py'
+step timeline 22 bash -c timeline
+step processes 48 bash -c processes
+step memcheck 34 bash -c 'sanitize memcheck --report-api-errors no'
+step racecheck 34 bash -c 'sanitize racecheck'
+step prefill 34 bash -c 'layers 18 --tokens 8192 512'
+step decode 24 bash -c 'layers 9 --tokens 1 8 32 128 --graph'
+step training 16 bash -c 'layers 6 --tokens 8192 --passes backward'
+step micro 18 "$python" -m flashmoe bench micro -k bench_gpu --json "$out/gpu/micro.json"
 
 printf '\n'
 printf '%s\n' "${table[@]}" | tee "$out/gpu_check.txt"

@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings_arguments.h"
+#include "bindings_cuda.h"
 #include "bindings_memory.h"
 #include "bindings_nvshmem.h"
 #include "bindings_select.h"
@@ -10,19 +12,11 @@
 #include "platform/host_network.h"
 #include "platform/shared_segment.h"
 #include "runtime/moe.h"
-#ifdef FLASHMOE_WITH_CUDA
-#include "runtime/moe_cuda.h"
-#endif
 
 namespace py = pybind11;
 using namespace flashmoe;
 
 namespace {
-
-template <class T = void>
-const T* address(uintptr_t a) {
-  return reinterpret_cast<const T*>(a);
-}
 
 std::shared_ptr<Group> make_group(const std::string& name, int ep_rank, const Limits& limits,
                                   const std::vector<std::shared_ptr<SharedSegment>>& segments,
@@ -65,20 +59,6 @@ std::vector<std::shared_ptr<Group>> local_team(const Limits& limits, std::option
   return make_local_team(o);
 }
 
-ForwardArgs forward_args(uintptr_t x, int num_tokens, uintptr_t topk_ids, int topk_ids_bytes, uintptr_t topk_weights,
-                         int top_k, uintptr_t gate_up_proj, uintptr_t gate_up_bias, uintptr_t down_proj,
-                         uintptr_t down_bias, uintptr_t y, int hidden_size, int intermediate_size, int num_experts,
-                         int num_local_experts, int dtype, int activation, bool gated, uintptr_t expert_map, int layer) {
-  if (dtype < 0 || dtype > 2) throw std::invalid_argument("dtype must be 0, 1 or 2, got " + std::to_string(dtype));
-  if (activation < 0 || activation > 3)
-    throw std::invalid_argument("activation must lie in [0, 3], got " + std::to_string(activation));
-  return {address(x), address(topk_ids), topk_ids_bytes, address<float>(topk_weights),
-          address(gate_up_proj), address(gate_up_bias), address(down_proj), address(down_bias),
-          reinterpret_cast<void*>(y), address<int32_t>(expert_map),
-          num_tokens, top_k, hidden_size, intermediate_size, num_experts, num_local_experts, layer,
-          DType(dtype), Activation(activation), gated};
-}
-
 // The same arguments, one by one: a call makes no object in between.
 template <class... Args>
 void forward(Group& group, Args... args) {
@@ -91,13 +71,12 @@ auto forward_taking(ForwardArgs (*)(Args...)) {
   return &forward<Args...>;
 }
 
-// Before those the gradient of y, and where its own go: a null address is a gradient that is not asked for.
+// Before those the gradient of y, and where its own go.
 template <class... Args>
 void backward(Group& group, uintptr_t grad_y, uintptr_t grad_topk_weights, uintptr_t grad_gate_up_proj,
               uintptr_t grad_gate_up_bias, uintptr_t grad_down_proj, uintptr_t grad_down_bias, Args... args) {
-  const auto out = [](uintptr_t a) { return reinterpret_cast<std::byte*>(a); };
-  const Gradients grad{address<std::byte>(grad_y), reinterpret_cast<float*>(grad_topk_weights), out(grad_gate_up_proj),
-                       out(grad_gate_up_bias), out(grad_down_proj), out(grad_down_bias)};
+  const Gradients grad =
+      gradients(grad_y, grad_topk_weights, grad_gate_up_proj, grad_gate_up_bias, grad_down_proj, grad_down_bias);
   const ForwardArgs call = forward_args(args...);
   py::gil_scoped_release release;
   group.backward(call, grad);
@@ -107,18 +86,6 @@ auto backward_taking(ForwardArgs (*)(Args...)) {
   return &backward<Args...>;
 }
 
-py::dict dict_of(const GroupStats& s) {
-  py::dict bytes;
-  bytes["header"] = s.header, bytes["rows"] = s.rows, bytes["results"] = s.results, bytes["signals"] = s.signals;
-  py::dict d;
-  d["tokens_per_expert"] = s.tokens_per_expert, d["bytes_per_peer"] = bytes;
-  return d;
-}
-
-py::bytes bytes_of(const std::vector<TraceEvent>& events) {
-  return py::bytes(reinterpret_cast<const char*>(events.data()), events.size() * sizeof(TraceEvent));
-}
-
 // By worker the bytes of its TraceEvents, and how many events were lost.
 py::tuple trace(const Group& group) {
   uint64_t lost;
@@ -126,61 +93,6 @@ py::tuple trace(const Group& group) {
   for (const std::vector<TraceEvent>& events : group.trace(lost)) workers.append(bytes_of(events));
   return py::make_tuple(workers, lost);
 }
-
-#ifdef FLASHMOE_WITH_CUDA
-// By rank that is here, by list: the bytes of its TraceEvents, how many there were, and the writer's multiprocessor.
-py::list cuda_trace(CudaTeam& team) {
-  std::vector<std::vector<CudaTraceList>> traced;
-  {
-    const py::gil_scoped_release release;
-    traced = team.trace();
-  }
-  py::list ranks;
-  for (const std::vector<CudaTraceList>& rank : traced) {
-    py::list lists;
-    for (const CudaTraceList& list : rank)
-      lists.append(py::make_tuple(bytes_of(list.events), list.count, list.multiprocessor));
-    ranks.append(lists);
-  }
-  return ranks;
-}
-
-std::optional<py::dict> cuda_stats(CudaTeam& team, int layer, int rank) {
-  std::optional<GroupStats> stats;
-  {
-    const py::gil_scoped_release release;
-    stats = team.stats(layer, rank);
-  }
-  return stats ? std::optional(dict_of(*stats)) : std::nullopt;
-}
-
-// What Python holds, for as long as the last copy of this lives.
-std::shared_ptr<void> kept(const py::object& object) {
-  return {new py::object(object), [](void* held) {
-            const py::gil_scoped_acquire acquire;
-            delete static_cast<py::object*>(held);
-          }};
-}
-
-// With the addresses of mapped heaps (0: not mapped): one rank of a group of several processes.
-std::shared_ptr<CudaTeam> make_cuda_team(int device, std::optional<Limits> limits, double timeout_s,
-                                         double entry_timeout_s, int sm_margin, bool exact, int missing_ranks,
-                                         const std::string& name, int ep_rank, const std::vector<int>& global_ranks,
-                                         const std::vector<uintptr_t>& mapped, const std::vector<uintptr_t>& symmetric,
-                                         const std::vector<int>& pes, uintptr_t stage, size_t stage_bytes,
-                                         const std::vector<py::object>& keep) {
-  CudaOptions o{device, limits, timeout_s, entry_timeout_s, sm_margin, exact, missing_ranks, std::nullopt, {}};
-  if (!mapped.empty()) {
-    CudaPeers& peers = o.peers.emplace();
-    peers.name = name, peers.ep_rank = ep_rank, peers.global_ranks = global_ranks, peers.pes = pes;
-    for (uintptr_t heap : mapped) peers.mapped.push_back(reinterpret_cast<std::byte*>(heap));
-    for (uintptr_t heap : symmetric) peers.symmetric.push_back(reinterpret_cast<std::byte*>(heap));
-    peers.stage = reinterpret_cast<std::byte*>(stage), peers.stage_bytes = stage_bytes;
-  }
-  for (const py::object& object : keep) o.keep.push_back(kept(object));
-  return std::make_shared<CudaTeam>(o);
-}
-#endif
 
 py::dict build_info() {
   py::dict features;
@@ -247,34 +159,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("local_team", &local_team, py::arg("limits"), py::arg("remote_only_seed") = py::none(),
         py::arg("timeout_s") = 60.0, py::arg("entry_timeout_s") = 600.0, py::arg("num_workers") = 1,
         py::arg("last_epoch") = 0);
-
-#ifdef FLASHMOE_WITH_CUDA
-  m.def("num_cuda_devices", &num_cuda_devices);
-  py::class_<ForwardArgs>(m, "ForwardArgs").def(py::init(&forward_args));
-  // CUmodule handles of the kernels that call NVSHMEM: its host library must know of each.
-  m.def("has_nvshmem_kernels", &has_nvshmem_kernels);
-  m.def("nvshmem_modules", [] {
-    std::vector<uintptr_t> modules;
-    for (void* module : nvshmem_modules()) modules.push_back(reinterpret_cast<uintptr_t>(module));
-    return modules;
-  });
-  py::class_<CudaTeam, std::shared_ptr<CudaTeam>>(m, "CudaTeam")
-      .def(py::init(&make_cuda_team), py::arg("device"), py::arg("limits") = py::none(), py::arg("timeout_s") = 60.0,
-           py::arg("entry_timeout_s") = 600.0, py::arg("sm_margin") = 0, py::arg("exact") = false,
-           py::arg("missing_ranks") = 0, py::arg("name") = "", py::arg("ep_rank") = 0,
-           py::arg("global_ranks") = std::vector<int>(), py::arg("mapped") = std::vector<uintptr_t>(),
-           py::arg("symmetric") = std::vector<uintptr_t>(), py::arg("pes") = std::vector<int>(), py::arg("stage") = 0,
-           py::arg("stage_bytes") = 0, py::arg("keep") = std::vector<py::object>())
-      .def("forward",
-           [](CudaTeam& team, const std::vector<ForwardArgs>& ranks, uintptr_t stream, bool tf32) {
-             py::gil_scoped_release release;
-             team.forward(ranks, reinterpret_cast<void*>(stream), tf32);
-           },
-           py::arg("ranks"), py::arg("stream"), py::arg("tf32") = false)
-      .def_static("stage_bytes", &CudaTeam::stage_bytes, py::arg("limits"))
-      .def("set_trace", &CudaTeam::set_trace, py::arg("max_events"), py::call_guard<py::gil_scoped_release>())
-      .def("trace", &cuda_trace)
-      .def("check", &CudaTeam::check, py::call_guard<py::gil_scoped_release>())
-      .def("stats", &cuda_stats, py::arg("layer"), py::arg("rank") = 0);
-#endif
+  bind_cuda(m);
 }

@@ -5,6 +5,9 @@
 
 #include <cstring>
 
+#ifdef FLASHMOE_WITH_CUDA
+#include "runtime/moe_cuda.h"
+#endif
 #include "runtime/nvshmem_library.h"
 #include "runtime/nvshmem_world.h"
 
@@ -57,6 +60,15 @@ std::vector<uintptr_t> addresses(const std::vector<std::byte*>& pointers) {
 
 void bind_nvshmem(py::module_& m) {
   m.def("nvshmem_library", &library, py::arg("home"), py::arg("folders"));
+#ifdef FLASHMOE_WITH_CUDA
+  // CUmodule handles of the kernels that call NVSHMEM: its host library must know of each.
+  m.def("has_nvshmem_kernels", &has_nvshmem_kernels);
+  m.def("nvshmem_modules", [] {
+    std::vector<uintptr_t> modules;
+    for (void* module : nvshmem_modules()) modules.push_back(reinterpret_cast<uintptr_t>(module));
+    return modules;
+  });
+#endif
 #ifdef FLASHMOE_WITH_NVSHMEM
   using Release = py::call_guard<py::gil_scoped_release>;
   m.attr("nvshmem_headers") = nvshmem_headers().text();

@@ -7,6 +7,9 @@ nor with k.
 
 Gradients repeat bit by bit. Those of x and topk_weights do not depend on the number of ranks or workers either; those
 of weights are sums over the rows of an expert in an order that does depend on the ranks: each rank's own tokens first.
+
+On a GPU a call keeps what it makes of the rows of its experts until its end, in memory beside torch's: up rows +
+2 · intermediate_size numbers a row, for as many rows as the worst routing could bring. All ranks must map each other's memory.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import functools
 import torch
 from torch import Tensor
 
-from . import groups
+from . import cuda_teams, groups
 from .arguments import check
 from .core_arguments import core_arguments
 from .operators import define, register_effectful
@@ -112,15 +115,13 @@ def _check(grad_y, *args) -> None:
             f"grad_y must be of shape {tuple(x.shape)} and {x.dtype} on {x.device}, as x is, got "
             f"{tuple(grad_y.shape)} and {grad_y.dtype} on {grad_y.device}"
         )
-    if x.is_cuda:
-        raise RuntimeError(
-            "flashmoe: the backward pass of fused_moe is not implemented on a GPU; call it under torch.no_grad(), or "
-            "detach its inputs"
-        )
 
 
 def _local_backward(*args):
     _check(*args)
+    x = args[1]
+    if x.is_cuda:
+        return _backward(functools.partial(cuda_teams.call, "backward", None, x.device.index, x.dtype), 1, *args)
     with groups.local.lock:
         return _backward(functools.partial(groups.call, "backward", None, groups.local.acquire()), 1, *args)
 

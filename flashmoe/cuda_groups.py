@@ -40,10 +40,10 @@ class CudaGroup:
                 self._failed = self._with_the_ended(str(error))
         return self._failed
 
-    def forward(self, dtype: torch.dtype, layer: int, *arguments) -> None:
-        """One call, queued on the current stream; arguments as of ``_C.ForwardArgs``."""
+    def call(self, kind: str, dtype: torch.dtype, layer: int, *arguments) -> None:
+        """One call of that kind, queued on the current stream; arguments as of ``_C.Group``'s method of that name."""
         try:
-            cuda_teams.call(self.team, self.device.index, dtype, arguments)
+            cuda_teams.queue(kind, self.team, self.device.index, dtype, arguments)
         except _C.PeerError as error:
             self._failed = self._failed or self._with_the_ended(str(error))
             raise _C.PeerError(self._failed) from None

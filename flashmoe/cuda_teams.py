@@ -13,6 +13,8 @@ from . import _C
 from .settings import settings_of_environment
 
 SM_MARGIN_VARIABLE = "FLASHMOE_SM_MARGIN"
+# Addresses of _C.Gradients.
+NUM_GRADIENTS = 6
 
 # The device of each layer's last call, if that was on a GPU; layers are named by their group and number.
 device_of_layer: dict[tuple[str | None, int], int] = {}
@@ -62,21 +64,28 @@ def may_round_to_tf32(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def call(team: _C.CudaTeam, device: int, dtype: torch.dtype, arguments: tuple) -> None:
-    """One call of the team's rank in this process, queued on the current stream; arguments as of _C.ForwardArgs."""
+def queue(kind: str, team: _C.CudaTeam, device: int, dtype: torch.dtype, arguments: tuple) -> None:
+    """One call of the team's rank in this process, queued on the current stream.
+
+    The arguments are those of ``_C.Group``'s method named by ``kind``, "forward" or "backward".
+    """
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
-        team.forward([_C.ForwardArgs(*arguments)], stream, may_round_to_tf32(dtype))
+        if kind == "forward":
+            team.forward([_C.ForwardArgs(*arguments)], stream, may_round_to_tf32(dtype))
+        else:
+            gradients, arguments = arguments[:NUM_GRADIENTS], arguments[NUM_GRADIENTS:]
+            team.backward([_C.ForwardArgs(*arguments)], [_C.Gradients(*gradients)], stream)
 
 
-def forward(name: str | None, device: int, dtype: torch.dtype, layer: int, *arguments) -> None:
-    """One call of that group's local team on the device."""
+def call(kind: str, name: str | None, device: int, dtype: torch.dtype, layer: int, *arguments) -> None:
+    """One call of that group's local team on the device, as of :func:`queue`."""
     with torch.cuda.device(device):
         team = _team_of(name, device)
         if name in _traced:
             _trace(name, team, device)
     try:
-        call(team, device, dtype, arguments)
+        queue(kind, team, device, dtype, arguments)
     except _C.PeerError:
         _forget(team)  # the next call makes a new one
         raise

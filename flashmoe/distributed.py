@@ -74,7 +74,8 @@ def init(
             (default: FLASHMOE_REMOTE_ONLY, else off). A rehearsal for tests, not for use.
         transport: "shm": memory that all ranks map, on one host; "ucx": the network alone, also within a host
             (default: FLASHMOE_TRANSPORT, else memory within a host and the network between hosts).
-        backward: whether calls may be differentiated (default True, but on GPUs, which have no backward pass).
+        backward: whether calls may be differentiated (default True); what is called for inference alone needs no memory
+            for it.
         num_workers: threads that compute, ranks may differ (default: FLASHMOE_NUM_WORKERS, else its share of the cores).
         device: what this rank is, and where its calls' tensors lie: "cpu" or "cuda", the same on all ranks (default:
             torch's default device, the CPU unless the program has set another). "cuda:2" names the GPU, "cuda" is the

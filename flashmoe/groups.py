@@ -106,15 +106,13 @@ def call(kind: str, name: str | None, group: _C.Group, layer: int, *arguments) -
 def call_on(name: str, group: _C.Group | CudaGroup, x: torch.Tensor, kind: str = "forward") -> Callable[..., None]:
     """What makes a call of the group where x lies: takes the layer, then the arguments of ``_C.Group``'s method.
 
-    Only the CPU has calls of the kind "backward".
-
     Raises:
         ValueError: the group's ranks are not there.
     """
     if isinstance(group, CudaGroup):
         if x.device != group.device:
             raise ValueError(f"x must be on {group.device}, where this rank of group {group.name!r} is, got {x.device}")
-        return functools.partial(group.forward, x.dtype)
+        return functools.partial(group.call, kind, x.dtype)
     if not x.is_cuda:
         return functools.partial(call, kind, name, group)
     if group.ep_size > 1:
@@ -122,7 +120,7 @@ def call_on(name: str, group: _C.Group | CudaGroup, x: torch.Tensor, kind: str =
             f"x must be on the CPU, as the ranks of group {group.name!r} are (flashmoe.distributed.init(device='cuda') "
             f"makes ranks of GPUs), got {x.device}"
         )
-    return functools.partial(cuda_teams.forward, name, x.device.index, x.dtype)
+    return functools.partial(cuda_teams.call, kind, name, x.device.index, x.dtype)
 
 
 def stats_of_call(name: str | None, layer: int) -> dict | None:

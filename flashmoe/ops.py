@@ -57,9 +57,9 @@ def fused_moe(
     layer         a number that names the call, equal on all ranks: ranks that call different layers in one
                   step get an error
 
-    Returns y [..., H] of x's dtype, contiguous. On the CPU it can be differentiated (flashmoe/backward.py), with respect
-    to x, topk_weights and the experts' weights and biases; with a group each rank that takes part in the backward pass
-    of this call waits for all others there. On a GPU a backward pass raises RuntimeError.
+    Returns y [..., H] of x's dtype, contiguous. It can be differentiated (flashmoe/backward.py), with respect to x,
+    topk_weights and the experts' weights and biases; with a group each rank that takes part in the backward pass of
+    this call waits for all others there.
     Raises TypeError for a wrong type or dtype, ValueError for a wrong shape, device, stride, id, or a call above
     the group's limits (nothing is sent then), flashmoe.PeerError when a peer is late, gone, or calls another
     layer.
@@ -106,7 +106,7 @@ def _moe_local(*args):
     check(*args[:-1])
     x = args[0]
     if x.is_cuda:
-        return _forward(functools.partial(cuda_teams.forward, None, x.device.index, x.dtype), 1, *args)
+        return _forward(functools.partial(cuda_teams.call, "forward", None, x.device.index, x.dtype), 1, *args)
     with groups.local.lock:
         return _forward(functools.partial(groups.call, "forward", None, groups.local.acquire()), 1, *args)
 

@@ -39,14 +39,8 @@ class Settings:
     backward: bool = True
     device: str = "cpu"  # what ranks are: "cpu" or "cuda"
 
-    @property
-    def serves_backward(self) -> bool:
-        return self.backward and self.device == "cpu"  # GPUs have no backward calls
-
     def limits(self, ep_size: int) -> Limits:
-        return Limits(
-            ep_size, self.max_tokens, self.max_wire_bytes, self.max_top_k, self.max_experts, self.serves_backward
-        )
+        return Limits(ep_size, self.max_tokens, self.max_wire_bytes, self.max_top_k, self.max_experts, self.backward)
 
     def arena_bytes(self, world_size: int) -> int:
         """Of one rank's segment.
@@ -54,7 +48,7 @@ class Settings:
         Raises:
             RuntimeError: more than a process can address.
         """
-        rows = self.max_tokens * ((1 + self.serves_backward) * (world_size - 1) + self.max_top_k)
+        rows = self.max_tokens * ((1 + self.backward) * (world_size - 1) + self.max_top_k)
         if self.max_groups * rows * self.max_wire_bytes >= _ADDRESSABLE_BYTES:
             gib = self.max_groups * rows * self.max_wire_bytes / 2**30
             raise RuntimeError(f"symmetric heap: {gib:.1f} GiB per rank asked, more than a process can address")

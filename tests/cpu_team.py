@@ -25,6 +25,10 @@ class CpuTeam:
         with ThreadPoolExecutor(len(ranks)) as pool:
             list(pool.map(lambda group, arguments: group.forward(*arguments), self.groups, ranks))
 
+    def backward(self, ranks: list[tuple], grads: list[tuple], stream: int) -> None:
+        with ThreadPoolExecutor(len(ranks)) as pool:
+            list(pool.map(lambda group, grad, arguments: group.backward(*grad, *arguments), self.groups, grads, ranks))
+
     def check(self) -> None:
         pass
 
@@ -50,7 +54,8 @@ class CpuTeam:
 
 def install(monkeypatch, gpus: int = 1) -> None:
     monkeypatch.setattr(_C, "CudaTeam", CpuTeam, raising=False)
-    monkeypatch.setattr(_C, "ForwardArgs", lambda *arguments: arguments, raising=False)
+    for name in ("ForwardArgs", "Gradients"):
+        monkeypatch.setattr(_C, name, lambda *arguments: arguments, raising=False)
     monkeypatch.setattr(_C, "num_cuda_devices", lambda: gpus, raising=False)
     monkeypatch.setattr(cuda_teams, "_local", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

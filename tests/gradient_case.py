@@ -10,6 +10,7 @@ from torch import Tensor
 
 import flashmoe
 from flashmoe import moe_reference
+from flashmoe.virtual_ranks import VirtualRanks
 
 WEIGHTS = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
 
@@ -19,41 +20,71 @@ def grad_y(case: LayerCase, rank: int) -> Tensor:
     return torch.randn(case.x[rank].shape, generator=generator).to(case.dtype)
 
 
-def forward(case: LayerCase, rank: int, group: Any, frozen: Iterable[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
+def forward(
+    case: LayerCase, rank: int, group: Any, frozen: Iterable[str] = (), device: str = "cpu"
+) -> tuple[Tensor, dict[str, Tensor]]:
     """y of that rank, and its leaves by name but for the ``frozen`` ones."""
     tensors = {"x": case.x[rank], "topk_weights": case.topk_weights[rank], **case.weights_of(rank)}
-    tensors = {name: one.detach().clone().requires_grad_(name not in frozen) for name, one in tensors.items()}
+    copies = {name: one.detach().to(device, copy=True) for name, one in tensors.items()}
+    tensors = {name: one.requires_grad_(name not in frozen) for name, one in copies.items()}
     owners = torch.tensor(case.owners, dtype=torch.int32) if case.owners else None
     y = flashmoe.fused_moe(
-        tensors["x"], case.topk_ids[rank], tensors["topk_weights"],
+        tensors["x"], case.topk_ids[rank].to(device), tensors["topk_weights"],
         **{name: one for name, one in tensors.items() if name in WEIGHTS}, activation=case.activation,
         gated=case.gated, group=group, expert_map=owners, layer=case.layer,
     )  # fmt: skip
     return y, {name: one for name, one in tensors.items() if one.requires_grad}
 
 
-def gradients(case: LayerCase, rank: int, group: Any, frozen: Iterable[str] = ()) -> dict[str, Tensor]:
-    y, leaves = forward(case, rank, group, frozen)
-    return dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), grad_y(case, rank)), strict=True))
+def gradients(
+    case: LayerCase, rank: int, group: Any, frozen: Iterable[str] = (), device: str = "cpu"
+) -> dict[str, Tensor]:
+    """On the CPU, of a call on the device."""
+    y, leaves = forward(case, rank, group, frozen, device)
+    found = torch.autograd.grad(y, list(leaves.values()), grad_y(case, rank).to(device))
+    return {name: one.cpu() for name, one in zip(leaves, found, strict=True)}
 
 
-def alone(case: LayerCase) -> tuple[LayerCase, dict[str, Tensor]]:
+def virtual_gradients(case: LayerCase, device: str = "cpu", **options: Any) -> list[dict[str, Tensor]]:
+    """By rank, of a case without biases on virtual ranks of the device, and brought back from there."""
+    ranks = range(case.ep_size)
+    weights = [case.weights_of(rank) for rank in ranks]
+    given = [
+        [grad_y(case, rank) for rank in ranks], case.x, case.topk_ids, case.topk_weights,
+        [of["gate_up_proj"] for of in weights], [of["down_proj"] for of in weights],
+    ]  # fmt: skip
+    team = VirtualRanks(
+        case.ep_size, max_tokens=max(case.tokens), max_wire_bytes=case.hidden_size * case.dtype.itemsize,
+        max_top_k=case.top_k, max_experts=case.num_experts, **options,
+    )  # fmt: skip
+    found = team.backward(
+        *([one.to(device) for one in of_ranks] for of_ranks in given), activation=case.activation, gated=case.gated,
+        num_experts=case.num_experts,
+        expert_map=torch.tensor(case.owners, dtype=torch.int32) if case.owners else None,
+    )  # fmt: skip
+    names = ("x", "topk_weights", *WEIGHTS[:2])
+    return [{name: one.cpu() for name, one in zip(names, of_rank, strict=True)} for of_rank in found]
+
+
+def alone(case: LayerCase, device: str = "cpu") -> tuple[LayerCase, dict[str, Tensor]]:
     """The same case where one process owns every expert, all ranks' tokens in a row, and its gradients."""
     whole = dataclasses.replace(case, owners=None, tokens=(sum(case.tokens),))
     for name in ("x", "topk_ids", "topk_weights"):
         setattr(whole, name, [torch.cat(getattr(case, name))])
     for name in WEIGHTS:
         setattr(whole, name, getattr(case, name))
-    y, leaves = forward(whole, 0, None)
-    given = torch.cat([grad_y(case, rank) for rank in range(case.ep_size)])
-    return whole, dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), given), strict=True))
+    y, leaves = forward(whole, 0, None, device=device)
+    given = torch.cat([grad_y(case, rank) for rank in range(case.ep_size)]).to(device)
+    found = torch.autograd.grad(y, list(leaves.values()), given)
+    return whole, {name: one.cpu() for name, one in zip(leaves, found, strict=True)}
 
 
-def check_gradients(case: LayerCase, by_rank: list[dict[str, Tensor]]) -> None:
+def check_gradients(case: LayerCase, by_rank: list[dict[str, Tensor]], factors_rounded: bool = False) -> None:
     """Asserts that they are the reference's: each expert's matrix, each token's row, each pair's weight.
 
     Ours rounds an expert's row of x's gradient to the dtype before they are summed, and every result once; the rest is
-    accumulation in float32, relative to the size of what is added up.
+    accumulation in float32, relative to the size of what is added up. Tensor cores take the factors of these sums
+    rounded to the dtype, too.
     """
     with one_torch_thread():
         truth = _reference(case)
@@ -72,6 +103,8 @@ def check_gradients(case: LayerCase, by_rank: list[dict[str, Tensor]]) -> None:
             dims = tuple(range(name != "topk_weights", got.ndim))
             size = expected.abs().amax(dim=dims, keepdim=True)
             allowed = ROUNDING[rounded] * (expected.abs() + 3 * case.top_k * size * (name == "x")) + 3 * ACCUMULATION * size
+            if factors_rounded:
+                allowed = allowed + 2 * ROUNDING[case.dtype] * size
             if rounded == torch.float16:
                 allowed = allowed + 2.0**-24
             excess = (got.double() - expected).abs() - allowed

@@ -1,14 +1,26 @@
 """Gradients of the operator: right, the same bits again, and the same for every number of ranks."""
 
+import functools
+
+import cpu_team
 import pytest
 import torch
-from gradient_case import alone, assert_same_gradients, check_gradients, forward, grad_y, gradients
+from gradient_case import (
+    WEIGHTS,
+    alone,
+    assert_same_gradients,
+    check_gradients,
+    forward,
+    grad_y,
+    gradients,
+    virtual_gradients,
+)
 from layer_case import SKEWS, LayerCase, assert_same_bits
 from thread_ranks import make_team, on_ranks, outcomes
 from torch.utils.checkpoint import checkpoint
 
 import flashmoe
-from flashmoe import MoE, groups
+from flashmoe import MoE, backward, cuda_teams, groups
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -115,6 +127,31 @@ def test_gradient_of_y_that_does_not_fit_is_named():
     for wrong in (torch.zeros(4, 32), torch.zeros(5, 32, dtype=torch.float64)):
         with pytest.raises(ValueError, match=r"grad_y must be of shape \(5, 32\) and torch.float32 on cpu, as x is, got"):
             op(wrong, *tensors, "silu", True, 0, [False] * 4)
+
+
+# --- as GPUs are asked, on ranks of the CPU that stand in for them --------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [(30,), (20, 0, 41)], ids=str)
+def test_virtual_ranks_have_the_gradients_of_one_process(tokens, monkeypatch):
+    cpu_team.install(monkeypatch)
+    case = LayerCase(tokens=tokens, num_experts=6, owners=(0,) * 6 if len(tokens) == 1 else (2, 0, 0, 2, 2, 0))
+    found = virtual_gradients(case)
+    check_gradients(case, found)
+    _, whole = alone(case)
+    assert_same_bits(torch.cat([one["x"] for one in found]), whole["x"])
+
+
+def test_a_call_that_is_queued_has_its_gradients(monkeypatch):
+    cpu_team.install(monkeypatch)
+    case = LayerCase(tokens=(12,), bias=True)
+    weights = [case.weights_of(0)[name] for name in ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")]
+    queued = functools.partial(cuda_teams.call, "backward", None, 0, case.dtype)
+    found = backward._backward(
+        queued, 1, grad_y(case, 0), case.x[0], case.topk_ids[0], case.topk_weights[0], *weights, None, "silu", True, 0,
+        [True] * 4,
+    )  # fmt: skip
+    assert_same_gradients(dict(zip(("x", "topk_weights", *WEIGHTS), found, strict=True)), gradients(case, 0, None))
 
 
 # --- ranks ----------------------------------------------------------------------------------------------------

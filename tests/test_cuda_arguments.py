@@ -84,7 +84,9 @@ def test_ranks_on_cpus_take_no_tensors_on_gpus():
     with pytest.raises(ValueError, match=message):
         groups.call_on("team", group, x)
     (alone,) = make_team(1)
-    assert groups.call_on("alone", alone, x).func is cuda_teams.forward
+    for kind in ("forward", "backward"):
+        queued = groups.call_on("alone", alone, x, kind)
+        assert queued.func is cuda_teams.call and queued.args == (kind, "alone", 0, x.dtype)
 
 
 def test_other_devices():

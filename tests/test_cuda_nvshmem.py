@@ -97,7 +97,7 @@ def error_of_one_rank(dtype: torch.dtype) -> float:
     group = arena.make_group("one", [0], 0, limits, [arena.take(limits.heap_bytes)], settings)
     case = CudaCase(dtype=dtype)
     y = ops._forward(
-        functools.partial(group.forward, dtype), 1, case.x, case.ids, case.weights, case.gate_up, case.down, None, None,
+        functools.partial(group.call, "forward", dtype), 1, case.x, case.ids, case.weights, case.gate_up, case.down, None, None,
         None, case.activation, case.gated, 0,
     )  # fmt: skip
     torch.cuda.synchronize()

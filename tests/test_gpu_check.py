@@ -81,11 +81,11 @@ def test_tests_end_before_their_step_and_say_what_failed(ran):
         if name == "fake_python" and given:
             steps += 1
             assert 10 < int(given["timeout"]) < int(given["session_timeout"]) < limit, "later than a kernel gives up"
-    assert steps == 5
+    assert steps == 6
 
 
 def test_a_step_over_its_limit_costs_only_itself(ran):
     code, commands, table = ran("test_cuda_trace.py")
     assert code == 1 and sum(command[0] == "timeout" for command in commands) == len(table)
     failed = [line for line in table if not line.endswith(" ok")]
-    assert len(failed) == 1 and failed[0].startswith("trace ") and "FAILED: over its 30 s" in failed[0]
+    assert len(failed) == 1 and failed[0].startswith("trace ") and "FAILED: over its 24 s" in failed[0]

@@ -68,7 +68,7 @@ def gpus(monkeypatch):
 
 
 def call_on(device: int) -> None:
-    cuda_teams.forward(None, device, torch.float32, 0)
+    cuda_teams.call("forward", None, device, torch.float32, 0)
 
 
 def call_on_the_cpu() -> None:
@@ -124,7 +124,7 @@ def test_a_group_of_one_on_a_gpu_has_a_trace_of_its_own():
     (group,) = _C.local_team(_C.Limits(1, 64, 4 * 128, 2, 6), num_workers=1)
     name = groups.name_of(group)
     with flashmoe.trace(group) as trace:
-        cuda_teams.forward(name, 0, torch.float32, 0)
+        cuda_teams.call("forward", name, 0, torch.float32, 0)
     assert trace.ranks[0].lanes == ["SM 17, block 0", "SM 4, block 1"]
 
 

@@ -12,7 +12,7 @@ namespace flashmoe {
 
 template <int kWarps = 8>
 class ExactBackwardEngine {
-  using Product = ExactProduct<kWarps>;
+  using Product = ExactBackwardProduct<kWarps>;
 
  public:
   static constexpr int kCrewWarps = kWarps, kLoaderWarps = 0;

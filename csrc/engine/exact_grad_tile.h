@@ -7,6 +7,10 @@
 
 namespace flashmoe {
 
+// The sums of two products at a time leave no registers for more loads.
+template <int kWarps>
+using ExactBackwardProduct = ExactProduct<kWarps, 2>;
+
 // Of all its backward tiles. Rows of a row block: of an up tile x and dy, of a down tile the gradients of gate and up,
 // of a grad tile both factors.
 template <int kWarps>
@@ -15,14 +19,14 @@ struct ExactBackwardShared {
   const std::byte* right[kBlockM];
   std::byte* result[kBlockM];
   float weight[kBlockM];
-  typename ExactProduct<kWarps>::Staged staged;
+  typename ExactBackwardProduct<kWarps>::Staged staged;
 
   FLASHMOE_DEVICE void init() {}
 };
 
 template <int kWarps>
 class ExactGradTile {
-  using Product = ExactProduct<kWarps>;
+  using Product = ExactBackwardProduct<kWarps>;
   using Shared = ExactBackwardShared<kWarps>;
 
  public:

@@ -11,7 +11,8 @@
 
 namespace flashmoe {
 
-template <int kWarps>
+// kLoads: pieces that a thread has on their way to shared memory at one time.
+template <int kWarps, int kLoads = 4>
 class ExactProduct {
  public:
   static constexpr int kMostCols = 64;  // of a tile, whose rows are those of a row block
@@ -111,6 +112,7 @@ class ExactProduct {
   FLASHMOE_DEVICE static void stage_rows_by(const Group& group, const Row& row, int begin, int K,
                                             float (&to)[kStep][kNumAndPad]) {
     constexpr int kPieces = kStep / kPer;
+    FLASHMOE_UNROLL_BY(kPer == 1 ? 1 : kLoads)
     for (int piece = group.rank(); piece < kNum * kPieces; piece += group.size()) {
       const int r = piece / kPieces, k = piece % kPieces * kPer;
       const std::byte* from = row(r);
@@ -125,6 +127,7 @@ class ExactProduct {
   FLASHMOE_DEVICE static void stage_columns_by(const Group& group, const Row& row, const Scale& scale, int begin, int K,
                                                int first, int cols, float (&to)[kStep][kNumAndPad]) {
     constexpr int kPieces = kNum / kPer;
+    FLASHMOE_UNROLL_BY(kPer == 1 ? 1 : kLoads)
     for (int piece = group.rank(); piece < kStep * kPieces; piece += group.size()) {
       const int k = piece / kPieces, column = piece % kPieces * kPer;
       float value[kPer] = {};

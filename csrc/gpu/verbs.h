@@ -18,10 +18,13 @@
 #include <cuda.h>
 #define FLASHMOE_DEVICE __device__ __forceinline__
 #define FLASHMOE_UNROLL _Pragma("unroll")
-#define FLASHMOE_ROLLED _Pragma("unroll 1")
+#define FLASHMOE_UNROLL_BY(times) FLASHMOE_PRAGMA(unroll times)
+#define FLASHMOE_PRAGMA(text) _Pragma(#text)
+#define FLASHMOE_ROLLED FLASHMOE_UNROLL_BY(1)
 #else
 #define FLASHMOE_DEVICE inline
 #define FLASHMOE_UNROLL
+#define FLASHMOE_UNROLL_BY(times)
 #define FLASHMOE_ROLLED
 #endif
 

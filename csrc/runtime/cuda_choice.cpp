@@ -10,7 +10,15 @@ bool begin_aligned(const ForwardArgs& a) {
   return bits % 16 == 0;
 }
 
+bool begin_aligned(const Gradients& grad) {
+  uintptr_t bits = reinterpret_cast<uintptr_t>(grad.y);
+  for (const std::byte* begin : {grad.gate_up_proj, grad.gate_up_bias, grad.down_proj, grad.down_bias})
+    bits |= reinterpret_cast<uintptr_t>(begin);
+  return bits % 16 == 0;
+}
+
 CudaKernelKind choose_kernel(const CudaProblem& p) {
+  if (p.backward) return CudaKernelKind::kExactBackward;
   const int item = dtype_bytes(p.dtype);
   // Tensor cores are fed in pieces of 16 bytes.
   const bool pieces = p.aligned && p.hidden_size * item % 16 == 0 && p.intermediate_size * item % 16 == 0;

@@ -6,7 +6,7 @@
 
 namespace flashmoe {
 
-enum class CudaKernelKind { kExact, kSm80, kSm90Wide, kSm90Narrow };
+enum class CudaKernelKind { kExact, kSm80, kSm90Wide, kSm90Narrow, kExactBackward };
 
 struct CudaProblem {
   int compute_capability;  // of the device: 80, 90, 100, ...
@@ -17,6 +17,7 @@ struct CudaProblem {
   int num_experts;            // likewise
   bool tf32;                  // float32 may be rounded to tf32 for the tensor cores
   bool exact;                 // no tensor cores at all
+  bool backward;
 };
 
 // Expected rows of an expert up to which Hopper takes narrow tiles. These pass over a block 64 rows at a time and load
@@ -26,6 +27,8 @@ inline constexpr int kNarrowRows = 32;
 // Whether x, y, the weights and the biases begin at multiples of 16 bytes: tensor cores' kernels read all of them more
 // than an element at a time.
 bool begin_aligned(const ForwardArgs& call);
+// Likewise the gradients that come in and those that are asked for.
+bool begin_aligned(const Gradients& grad);
 
 CudaKernelKind choose_kernel(const CudaProblem& problem);
 

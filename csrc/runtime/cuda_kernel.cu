@@ -13,6 +13,7 @@ CudaKernel by_address(CudaKernelKind kind, DType dtype) {
     case CudaKernelKind::kSm80: return sm80_kernel(dtype);
     case CudaKernelKind::kSm90Wide: return sm90_kernel(dtype, Sm90Tiles::kWide);
     case CudaKernelKind::kSm90Narrow: return sm90_kernel(dtype, Sm90Tiles::kNarrow);
+    case CudaKernelKind::kExactBackward: return exact_backward_kernel();
     default: return exact_kernel();
   }
 }

@@ -106,7 +106,8 @@ class DeviceMemory {
   // Its content is lost when it grows. Growing waits for the calls under way, unless a graph keeps the old memory.
   void at_least(DeviceBuffer& buffer, size_t bytes) {
     if (bytes <= buffer.bytes) return;
-    const size_t grown = std::max(bytes, buffer.bytes + buffer.bytes / 2);
+    // Half as much again spares the next call that is a little larger; of much memory that is too much to set aside.
+    const size_t grown = std::max(bytes, buffer.bytes + std::min(buffer.bytes / 2, kMostAhead));
     give_up(buffer);
     buffer = zeroed(grown);
   }
@@ -130,6 +131,8 @@ class DeviceMemory {
   }
 
  private:
+  static constexpr size_t kMostAhead = size_t(256) << 20;
+
   int device_;
   CallOrder& order_;
   cudaStream_t stream_ = nullptr;

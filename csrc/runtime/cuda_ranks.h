@@ -39,15 +39,16 @@ class CudaRanks {
   int operator[](int i) const { return first_ + i; }
   bool several_processes() const { return several_processes_; }
   bool all_mapped() const { return all_mapped_; }
+  const std::string& name() const { return group_.name; }
 
   // Of the i-th rank's failure.
   [[noreturn]] void raise(int i, const Status& status) const {
     if (ep_size_ == 1 && Failure(status.failure) == Failure::kBadId)
       bad_argument(describe_bad_id(status), ", in an earlier call on cuda:", device_, ", of ", describe_tag(status.tag),
-                   "; its y is NaN");
-    const char* remedy = "Its y is NaN, and so is that of every later call; a new team can be made";
+                   "; its results are NaN");
+    const char* remedy = "Its results are NaN, and so are those of every later call; a new team can be made";
     if (several_processes_)
-      remedy = "Its y is NaN, and so is that of every later call; flashmoe.distributed.init() makes a new group";
+      remedy = "Its results are NaN, and so are those of every later call; flashmoe.distributed.init() makes a new group";
     throw PeerError(describe_failure(group_, (*this)[i], status, remedy));
   }
 

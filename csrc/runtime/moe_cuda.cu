@@ -1,10 +1,10 @@
 // The CUDA runtime of one GPU: a call is two launches, on memory that outlives it; failures are reported by the next.
 #include "runtime/moe_cuda.h"
 
-#include <map>
-
+#include "runtime/call_of.h"
 #include "runtime/cuda_begin.h"
 #include "runtime/cuda_choice.h"
+#include "runtime/cuda_counts.h"
 #include "runtime/cuda_placement.h"
 #include "runtime/cuda_ranks.h"
 #include "runtime/cuda_trace.h"
@@ -37,12 +37,6 @@ int checked_device(int device) {
 
 uint64_t nanoseconds(double seconds) { return uint64_t(std::min(seconds, 1e9) * 1e9); }
 
-// A layer's counts on the device: of the workspace those that outlive a call.
-struct LayerCounts {
-  DeviceBuffer row_offset, sent;
-  int num_local_experts = 0;
-};
-
 }  // namespace
 
 class CudaTeam::Impl {
@@ -50,14 +44,15 @@ class CudaTeam::Impl {
   explicit Impl(const CudaOptions& options)
       : options_(options),
         device_(checked_device(options.device)),
-        limits_(options.limits.value_or(Limits{1, 0, 0, 1, 0})),
+        limits_(options.limits.value_or(Limits{1, 0, 0, 1, 0, true})),
         ep_size_(limits_.ep_size),
         ranks_(options, ep_size_),
         layout_(limits_),
         order_(CallOrder::of_device(device_)),
         memory_(device_, order_),
         failures_(ranks_, memory_),
-        trace_(memory_) {
+        trace_(memory_),
+        counts_(memory_, ep_size_) {
     if (ranks_.count() > kMaxVirtualRanks)
       bad_argument("ep_size must be at most ", kMaxVirtualRanks, " on one GPU, got ", ep_size_);
     if (options.missing_ranks < 0 || options.missing_ranks >= ep_size_)
@@ -89,19 +84,22 @@ class CudaTeam::Impl {
     if (may_be_written) new std::vector(options_.keep);
   }
 
-  void forward(const std::vector<ForwardArgs>& args, cudaStream_t stream, bool tf32) {
+  // `grads`: of backward calls, by rank; of forward calls empty.
+  void call(const std::vector<ForwardArgs>& args, const std::vector<Gradients>& grads, cudaStream_t stream, bool tf32) {
     const std::lock_guard lock(order_.mutex);
     failures_.raise_if_any();
     const int ranks = ranks_.count() - options_.missing_ranks;
     if (int(args.size()) != ranks) bad_argument("a call needs the arguments of ", ranks, " ranks, got ", args.size());
     for (const ForwardArgs& a : args) check_rank(a, args[0]);
+    const bool backward = !grads.empty();
+    if (backward) check_backward();
     const OnDevice here(device_);
     const CallOrder::Capture capture = CallOrder::capture_of(stream);
     if (capture.active) trace_.refuse();
     memory_.begin_call(capture.active);
-    if (!options_.limits) grow(args[0]);
+    if (!options_.limits) grow(args[0], backward);
 
-    const CudaKernel kernel = kernel_of(choose(args, tf32), args[0].dtype, ranks_.all_mapped());
+    const CudaKernel kernel = kernel_of(choose(args, grads, tf32), args[0].dtype, ranks_.all_mapped());
     BeginCall begin{};
     begin.machine = {.staged = !ranks_.all_mapped(),
                      .stage = options_.peers ? options_.peers->stage : nullptr,
@@ -111,7 +109,7 @@ class CudaTeam::Impl {
                      .hidden_bytes = kernel.hidden_bytes};
     CudaLaunch launch{states_, {}, blocks_per_rank_, stream, [&] { return launch_begin(states_, ranks, begin, stream); }};
     for (int i = 0; i < ranks; ++i) {
-      prepare(args[i], i, begin.machine, begin.rank[i]);
+      prepare(args[i], backward ? &grads[i] : nullptr, i, begin.machine, begin.rank[i]);
       launch.calls.push_back(begin.rank[i].call);
       launch.calls[i].rank_begin = placements_.of(args[i], ep_size_, ranks_[i], memory_).rank_begin.data();
     }
@@ -130,18 +128,8 @@ class CudaTeam::Impl {
 
   std::optional<GroupStats> stats(int layer, int rank) {
     const std::lock_guard lock(order_.mutex);
-    const auto known = counts_.find({layer, rank});
-    if (known == counts_.end()) return std::nullopt;
     const OnDevice here(device_);
-    check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
-    const size_t experts = known->second.num_local_experts;
-    const std::vector<uint32_t> rows = memory_.read<uint32_t>(
-        known->second.row_offset.data + sizeof(uint32_t) * ep_size_ * experts, experts);
-    const std::vector<uint64_t> sent = memory_.read<uint64_t>(known->second.sent.data, size_t(ep_size_) * kTrafficKinds);
-    GroupStats s{{rows.begin(), rows.end()}, {}, {}, {}, {}};
-    std::vector<uint64_t>* kinds[kTrafficKinds] = {&s.header, &s.rows, &s.results, &s.signals};
-    for (size_t i = 0; i < sent.size(); ++i) kinds[i % kTrafficKinds]->push_back(sent[i]);
-    return s;
+    return counts_.stats(layer, rank);
   }
 
   void set_trace(uint32_t max_events) {
@@ -165,27 +153,36 @@ class CudaTeam::Impl {
       bad_argument("virtual ranks must call one layer: dtype, hidden_size, intermediate_size and gated differ");
   }
 
-  CudaKernelKind choose(const std::vector<ForwardArgs>& args, bool tf32) const {
+  void check_backward() const {
+    if (!limits_.backward) bad_argument("flashmoe group '", ranks_.name(), "' has no memory for backward calls");
+    if (!ranks_.all_mapped())
+      throw std::runtime_error("flashmoe group '" + ranks_.name() +
+                               "': backward calls are not implemented where a rank's memory is not mapped on this GPU");
+  }
+
+  CudaKernelKind choose(const std::vector<ForwardArgs>& args, const std::vector<Gradients>& grads, bool tf32) const {
     const ForwardArgs& first = args[0];
     CudaProblem p{capability_, first.dtype, first.hidden_size, first.intermediate_size, true, 0, first.num_experts, tf32,
-                  options_.exact};
+                  options_.exact, !grads.empty()};
     for (const ForwardArgs& a : args) {
       // Of other processes' tokens none is known here: they are taken for as many as mine.
       p.num_pairs += (long long)a.num_tokens * a.top_k * (ranks_.several_processes() ? ep_size_ : 1);
       p.aligned = p.aligned && begin_aligned(a);
     }
+    for (const Gradients& grad : grads) p.aligned = p.aligned && begin_aligned(grad);
     return choose_kernel(p);
   }
 
   // The heap of a lone rank follows its calls, as on the host: of its table only the signals depend on the limits, by
   // the number of results and of experts; results come last, so that their bytes move nothing.
-  void grow(const ForwardArgs& a) {
+  void grow(const ForwardArgs& a, bool backward) {
     const int results = a.num_tokens * a.top_k;
     Limits wanted = limits_;
     if (results > wanted.max_tokens) wanted.max_tokens = std::max(results, std::min(wanted.max_tokens, 1 << 29) / 2 * 3);
     wanted.max_experts = std::max(wanted.max_experts, a.num_experts);
     const bool fits = wanted.max_tokens == limits_.max_tokens && wanted.max_experts == limits_.max_experts;
-    const size_t bytes = HeapLayout(wanted).results + size_t(results) * a.hidden_size * dtype_bytes(a.dtype);
+    const size_t row = size_t(a.hidden_size) * dtype_bytes(a.dtype);
+    const size_t bytes = HeapLayout(wanted).results + results * (backward ? backward_result_bytes(row) : row);
     const size_t now = heaps_[0].bytes;
     if (!states_ || !fits || bytes > now) lay_out(wanted, bytes > now ? std::max(bytes, now + now / 2) : now);
   }
@@ -220,7 +217,7 @@ class CudaTeam::Impl {
   }
 
   // What the i-th rank's block of the begin kernel needs, and the memory of its call.
-  void prepare(const ForwardArgs& a, int i, const Machine& machine, BeginRank& begin) {
+  void prepare(const ForwardArgs& a, const Gradients* grad, int i, const Machine& machine, BeginRank& begin) {
     const int rank = ranks_[i];
     const Placement& placement = placements_.of(a, ep_size_, rank, memory_);
     const int local = placement.rank_begin[rank + 1] - placement.rank_begin[rank];
@@ -228,34 +225,19 @@ class CudaTeam::Impl {
       bad_argument("gate_up_proj and down_proj of rank ", rank, " must hold ", local, " experts, got ",
                    a.num_local_experts);
     Call& c = begin.call;
-    c.ep_size = ep_size_, c.ep_rank = rank;
-    c.tag = {a.layer, a.hidden_size, a.intermediate_size, a.num_experts, placement.digest, uint8_t(a.dtype),
-             uint8_t(a.activation), uint8_t(a.gated), uint8_t((a.gate_up_bias ? 1 : 0) | (a.down_bias ? 2 : 0))};
-    c.num_tokens = a.num_tokens, c.top_k = a.top_k, c.num_experts = a.num_experts;
-    c.hidden_size = a.hidden_size, c.intermediate_size = a.intermediate_size;
-    c.dtype = a.dtype, c.activation = a.activation, c.gated = a.gated;
+    c = call_of(a, grad, ep_size_, rank, placement.digest);
     c.expert_position = placement.device_position;
-    c.x = static_cast<const std::byte*>(a.x), c.y = static_cast<std::byte*>(a.y), c.topk_weights = a.topk_weights;
-    c.gate_up_proj = static_cast<const std::byte*>(a.gate_up_proj);
-    c.gate_up_bias = static_cast<const std::byte*>(a.gate_up_bias);
-    c.down_proj = static_cast<const std::byte*>(a.down_proj);
-    c.down_bias = static_cast<const std::byte*>(a.down_bias);
-
     c.rank_begin = placement.rank_begin.data();  // for the host, which measures
     const size_t ids_bytes = round_up(size_t(a.num_tokens) * a.top_k * sizeof(int32_t), kAlign);
     memory_.at_least(workspaces_[i], ids_bytes + Workspace(c, layout_, machine, nullptr).bytes);
-    LayerCounts& counts = counts_[{a.layer, i}];
-    memory_.at_least(counts.row_offset, sizeof(uint32_t) * (ep_size_ + 1) * local);
-    memory_.at_least(counts.sent, sizeof(uint64_t) * ep_size_ * kTrafficKinds);
-    counts.num_local_experts = local;
+    const CudaCounts::OfCall counts = counts_.of(a.layer, i, local);
 
     c.rank_begin = placement.device_rank_begin;
     begin.ids = a.topk_ids, begin.ids_bytes = a.topk_ids_bytes;
     begin.ids_out = reinterpret_cast<int32_t*>(workspaces_[i].data);
     c.topk_ids = begin.ids_out;
     begin.workspace = workspaces_[i].data + ids_bytes;
-    begin.row_offset = reinterpret_cast<uint32_t*>(counts.row_offset.data);
-    begin.sent = reinterpret_cast<uint64_t*>(counts.sent.data);
+    begin.row_offset = counts.row_offset, begin.sent = counts.sent;
     begin.trace = trace_.of(i);
   }
 
@@ -270,10 +252,10 @@ class CudaTeam::Impl {
   DeviceMemory memory_;
   CudaFailures failures_;
   CudaTrace trace_;
+  CudaCounts counts_;
   std::vector<DeviceBuffer> heaps_, workspaces_;  // of the ranks that are here
   gpu::RankState* states_ = nullptr;              // likewise, on the device
   Placements placements_;
-  std::map<std::pair<int, int>, LayerCounts> counts_;  // by layer and place among the ranks that are here
 };
 
 CudaTeam::CudaTeam(const CudaOptions& options) : impl_(std::make_unique<Impl>(options)) {}
@@ -282,7 +264,12 @@ size_t CudaTeam::stage_bytes(const Limits& limits) {
   return flashmoe::stage_bytes(HeapLayout(limits), kRingBlocks);
 }
 void CudaTeam::forward(const std::vector<ForwardArgs>& ranks, void* stream, bool tf32) {
-  impl_->forward(ranks, static_cast<cudaStream_t>(stream), tf32);
+  impl_->call(ranks, {}, static_cast<cudaStream_t>(stream), tf32);
+}
+void CudaTeam::backward(const std::vector<ForwardArgs>& ranks, const std::vector<Gradients>& grads, void* stream) {
+  if (grads.size() != ranks.size() || grads.empty())
+    bad_argument("a backward call needs the gradients of every rank that calls, got ", grads.size(), " of ", ranks.size());
+  impl_->call(ranks, grads, static_cast<cudaStream_t>(stream), false);
 }
 void CudaTeam::check() { impl_->check(); }
 std::optional<GroupStats> CudaTeam::stats(int layer, int rank) { return impl_->stats(layer, rank); }

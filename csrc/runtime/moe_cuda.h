@@ -58,8 +58,12 @@ class CudaTeam {
   // std::runtime_error, nothing has been queued. A call that is captured must find all its memory: make one call with
   // the same layer, shapes and dtype before.
   void forward(const std::vector<ForwardArgs>& ranks, void* stream, bool tf32);
+  // The gradients of such a call, as Group::backward makes them: addresses on the device. All peers must be mapped, and
+  // products of float32 are not rounded. What the ranks' rows become stays in memory until the call ends: as much as the
+  // worst routing could bring.
+  void backward(const std::vector<ForwardArgs>& ranks, const std::vector<Gradients>& grads, void* stream);
 
-  // What an earlier call has left, as far as the GPU has come: its y is NaN.
+  // What an earlier call has left, as far as the GPU has come: its y is NaN, and its gradients are.
   // std::invalid_argument: a lone rank got an id that is no expert's; said once, the team goes on.
   // PeerError: anything else; every later call fails likewise.
   void check();

@@ -12,6 +12,7 @@
 #include "protocol/backward_crew.h"
 #include "protocol/moe_kernel.h"
 #include "runtime/buffer.h"
+#include "runtime/call_of.h"
 #include "runtime/check.h"
 #include "runtime/failure_report.h"
 #include "runtime/worker_pool.h"
@@ -150,22 +151,10 @@ class Group::Impl {
     else
       take_ids(static_cast<const int32_t*>(a.topk_ids), a, ids_.data());
 
-    Call c{};
-    c.ep_size = ep_size, c.ep_rank = options_.ep_rank, c.epoch = next_epoch(epoch_);
-    c.tag = {a.layer, a.hidden_size, a.intermediate_size, a.num_experts,
-             placement_digest(position_.data(), rank_begin_.data(), a.num_experts, ep_size), uint8_t(a.dtype),
-             uint8_t(a.activation), uint8_t(a.gated | (grad ? 2 : 0)), uint8_t((a.gate_up_bias ? 1 : 0) | (a.down_bias ? 2 : 0))};
-    if (grad) c.grad = *grad;
-    c.num_tokens = a.num_tokens, c.top_k = a.top_k, c.num_experts = a.num_experts;
-    c.hidden_size = a.hidden_size, c.intermediate_size = a.intermediate_size;
-    c.dtype = a.dtype, c.activation = a.activation, c.gated = a.gated;
-    c.expert_position = position_.data(), c.rank_begin = rank_begin_.data();
-    c.x = static_cast<const std::byte*>(a.x), c.y = static_cast<std::byte*>(a.y);
-    c.topk_ids = ids_.data(), c.topk_weights = a.topk_weights;
-    c.gate_up_proj = static_cast<const std::byte*>(a.gate_up_proj);
-    c.gate_up_bias = static_cast<const std::byte*>(a.gate_up_bias);
-    c.down_proj = static_cast<const std::byte*>(a.down_proj);
-    c.down_bias = static_cast<const std::byte*>(a.down_bias);
+    const uint32_t placement = placement_digest(position_.data(), rank_begin_.data(), a.num_experts, ep_size);
+    Call c = call_of(a, grad, ep_size, options_.ep_rank, placement);
+    c.epoch = next_epoch(epoch_);
+    c.expert_position = position_.data(), c.rank_begin = rank_begin_.data(), c.topk_ids = ids_.data();
     return c;
   }
 

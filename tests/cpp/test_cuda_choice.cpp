@@ -9,7 +9,7 @@ using namespace flashmoe::test;
 using Kind = CudaKernelKind;
 
 // Mixtral in bfloat16 on Hopper, one token more than is few.
-constexpr CudaProblem kMixtral{90, DType::kBFloat16, 4096, 14336, true, 8 * kNarrowRows + 1, 8, false, false};
+constexpr CudaProblem kMixtral{90, DType::kBFloat16, 4096, 14336, true, 8 * kNarrowRows + 1, 8, false, false, false};
 
 template <class Change>
 Kind with(Change change) {
@@ -67,6 +67,24 @@ void test_every_tensor_that_is_read_in_pieces_counts() {
   }
   call.y = memory + 2;
   check(!begin_aligned(call), "y is two bytes off");
+
+  check(begin_aligned(Gradients{}), "no gradients are asked for");
+  Gradients grad{};
+  grad.y = memory + 2;
+  check(!begin_aligned(grad), "the gradient of y is two bytes off");
+  for (std::byte* Gradients::* tensor : {&Gradients::gate_up_proj, &Gradients::gate_up_bias, &Gradients::down_proj,
+                                         &Gradients::down_bias}) {
+    grad = {};
+    grad.*tensor = memory + 2;
+    check(!begin_aligned(grad), "a gradient that is asked for is two bytes off");
+    grad.*tensor = memory + 16;
+    check(begin_aligned(grad), "a gradient at a multiple of 16 bytes");
+  }
+}
+
+void test_backward_calls() {
+  for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16})
+    check(with([&](auto& p) { p.backward = true, p.dtype = dtype; }) == Kind::kExactBackward, "of any dtype");
 }
 
 }  // namespace
@@ -77,5 +95,6 @@ int main() {
   run_test("float32 is rounded only where that is allowed", test_float32_is_rounded_only_where_allowed);
   run_test("what is no multiple of 16 bytes is exact", test_what_is_no_multiple_of_16_bytes_is_exact);
   run_test("every tensor that is read in pieces counts", test_every_tensor_that_is_read_in_pieces_counts);
+  run_test("backward calls have kernels of their own", test_backward_calls);
   return finish();
 }
