@@ -50,8 +50,8 @@ std::shared_ptr<CudaTeam> make_cuda_team(int device, std::optional<Limits> limit
                                          const std::string& name, int ep_rank, const std::vector<int>& global_ranks,
                                          const std::vector<uintptr_t>& mapped, const std::vector<uintptr_t>& symmetric,
                                          const std::vector<int>& pes, uintptr_t stage, size_t stage_bytes,
-                                         const std::vector<py::object>& keep) {
-  CudaOptions o{device, limits, timeout_s, entry_timeout_s, sm_margin, exact, missing_ranks, std::nullopt, {}};
+                                         size_t backward_bytes, const std::vector<py::object>& keep) {
+  CudaOptions o{device, limits, timeout_s, entry_timeout_s, sm_margin, exact, missing_ranks, backward_bytes, std::nullopt, {}};
   if (!mapped.empty()) {
     CudaPeers& peers = o.peers.emplace();
     peers.name = name, peers.ep_rank = ep_rank, peers.global_ranks = global_ranks, peers.pes = pes;
@@ -75,7 +75,7 @@ void bind_cuda(py::module_& m) {
            py::arg("missing_ranks") = 0, py::arg("name") = "", py::arg("ep_rank") = 0,
            py::arg("global_ranks") = std::vector<int>(), py::arg("mapped") = std::vector<uintptr_t>(),
            py::arg("symmetric") = std::vector<uintptr_t>(), py::arg("pes") = std::vector<int>(), py::arg("stage") = 0,
-           py::arg("stage_bytes") = 0, py::arg("keep") = std::vector<py::object>())
+           py::arg("stage_bytes") = 0, py::arg("backward_bytes") = 0, py::arg("keep") = std::vector<py::object>())
       .def("forward",
            [](CudaTeam& team, const std::vector<ForwardArgs>& ranks, uintptr_t stream, bool tf32) {
              py::gil_scoped_release release;

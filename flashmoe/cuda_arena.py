@@ -84,6 +84,7 @@ class CudaArena(Arena):
             mapped=[base and base + offset for base, offset in zip(mapped, offsets, strict=True)],
             symmetric=[heaps.address + offset for offset in offsets],
             pes=[self.ranks[m]["pe"] for m in members], stage=stage, stage_bytes=stage_bytes,
+            backward_bytes=cuda_teams.backward_bytes_asked(),
             keep=[heaps, *([self.stages] if stage else [])],
         )  # fmt: skip
         return CudaGroup(team, name, ep_rank, limits, self.device, members, self.peers)

@@ -13,6 +13,7 @@ from . import _C
 from .settings import settings_of_environment
 
 SM_MARGIN_VARIABLE = "FLASHMOE_SM_MARGIN"
+BACKWARD_VARIABLE = "FLASHMOE_BACKWARD_MIB"
 # Addresses of _C.Gradients.
 NUM_GRADIENTS = 6
 
@@ -133,9 +134,22 @@ def sm_margin_asked() -> int:
     Raises:
         ValueError: names the variable.
     """
-    text = os.environ.get(SM_MARGIN_VARIABLE, "") or "0"
+    return _number_asked(SM_MARGIN_VARIABLE, "multiprocessors")
+
+
+def backward_bytes_asked() -> int:
+    """What a rank of several may keep of its rows in a backward call; 0: a quarter of the GPU's memory.
+
+    Raises:
+        ValueError: names the variable.
+    """
+    return _number_asked(BACKWARD_VARIABLE, "MiB") * 2**20
+
+
+def _number_asked(variable: str, what: str) -> int:
+    text = os.environ.get(variable, "") or "0"
     if not text.isdecimal():
-        raise ValueError(f"{SM_MARGIN_VARIABLE} must be a number of multiprocessors, 0 or more, got {text!r}")
+        raise ValueError(f"{variable} must be a number of {what}, 0 or more, got {text!r}")
     return int(text)
 
 

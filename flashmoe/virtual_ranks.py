@@ -58,7 +58,7 @@ class VirtualRanks:
         self.team = cuda_teams.watched(
             _C.CudaTeam(
                 self.device, limits, timeout_s=patience_s[0], entry_timeout_s=patience_s[1], sm_margin=sm_margin,
-                exact=exact, missing_ranks=missing_ranks,
+                exact=exact, missing_ranks=missing_ranks, backward_bytes=cuda_teams.backward_bytes_asked(),
             )
         )  # fmt: skip
 

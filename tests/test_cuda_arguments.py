@@ -164,9 +164,17 @@ def test_virtual_ranks_wait_as_long_as_the_environment_says(given, waits, monkey
 
 
 @pytest.mark.parametrize("text", ["-1", "many", "1.5"])
-def test_a_margin_that_is_none(text, monkeypatch):
-    monkeypatch.setenv("FLASHMOE_SM_MARGIN", text)
-    with pytest.raises(ValueError, match="FLASHMOE_SM_MARGIN must be a number of multiprocessors"):
-        cuda_teams.sm_margin_asked()
-    monkeypatch.setenv("FLASHMOE_SM_MARGIN", "12")
-    assert cuda_teams.sm_margin_asked() == 12
+@pytest.mark.parametrize(
+    ("variable", "what", "asked", "unit"),
+    [
+        ("FLASHMOE_SM_MARGIN", "multiprocessors", cuda_teams.sm_margin_asked, 1),
+        ("FLASHMOE_BACKWARD_MIB", "MiB", cuda_teams.backward_bytes_asked, 2**20),
+    ],
+)
+def test_a_number_that_is_none(variable, what, asked, unit, text, monkeypatch):
+    assert asked() == 0
+    monkeypatch.setenv(variable, text)
+    with pytest.raises(ValueError, match=f"{variable} must be a number of {what}, 0 or more, got '{text}'"):
+        asked()
+    monkeypatch.setenv(variable, "12")
+    assert asked() == 12 * unit

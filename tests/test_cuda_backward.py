@@ -135,6 +135,19 @@ def test_a_rank_that_never_comes_leaves_no_gradients():
     check(case, virtual_gradients(case, "cuda"))
 
 
+def test_more_rows_than_memory_are_told(monkeypatch):
+    monkeypatch.setenv("FLASHMOE_BACKWARD_MIB", "1")
+    case = LayerCase(128, 64, 16, 4, (600, 600))
+    for of_rank in virtual_gradients(case, "cuda"):
+        assert all(one.isnan().all() for one in of_rank.values())
+    torch.cuda.synchronize()
+    with pytest.raises(flashmoe.PeerError, match=r"rows or more have come .* FLASHMOE_BACKWARD_MIB sets how much"):
+        flashmoe.check()
+    gc.collect()
+    monkeypatch.delenv("FLASHMOE_BACKWARD_MIB")
+    check(case, virtual_gradients(case, "cuda"))
+
+
 # --- graphs ---------------------------------------------------------------------------------------------------
 
 

@@ -121,11 +121,10 @@ class Agent {
   }
 
   FLASHMOE_ROLE void fail(const Trouble& t) {
-    Status& status = *c_.ws.status;
-    if (!P::compare_exchange(&status.claimed, 0, 1)) return;
-    status.phase = uint32_t(t.phase), status.peer = t.peer, status.expert = t.expert;
-    status.seen = t.seen, status.waited_ns = t.waited_ns;
-    P::store_release(&status.failure, uint32_t(t.failure));
+    fail_call(c_, t.failure, [&](Status& status) {
+      status.phase = uint32_t(t.phase), status.peer = t.peer, status.expert = t.expert;
+      status.seen = t.seen, status.waited_ns = t.waited_ns;
+    });
   }
 
   Context<P> c_;

@@ -44,6 +44,7 @@ class Scheduler {
       all_published = lanes.all(all_published && !is_waiting(expert, known));
     }
     if (!all_published) c_.platform.settle(lanes, n.up.published, most_blocks());
+    if (c_.backward() && !room && lanes.rank() == 0) refuse(known);
     const bool progress = n.up.published != before || all_published;
     lanes.sync();
     if (lanes.rank() == 0) {
@@ -88,7 +89,16 @@ class Scheduler {
   FLASHMOE_ROLE static uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
 
   FLASHMOE_ROLE bool owns_slot(uint32_t sequence) const {
+    if (c_.backward()) return sequence < c_.ws.ring_blocks;  // none is used twice: weight gradients read them all
     return P::load_acquire(&c_.ws.ring_free[sequence % c_.ws.ring_blocks]) == sequence;
+  }
+
+  // More rows have come to a backward call than it has memory for.
+  FLASHMOE_ROLE void refuse(uint32_t known) {
+    fail_call(c_, Failure::kNoRoom, [&](Status& status) {
+      status.peer = c_.call.ep_rank, status.expert = -1, status.room = uint64_t(c_.ws.ring_blocks) * kBlockM;
+      for (int expert = 0; expert < c_.call.num_local_experts(); ++expert) status.seen += rows_known(expert, known);
+    });
   }
 
   FLASHMOE_ROLE RowBlock block_at(int expert, uint32_t row, uint32_t end, uint32_t known, uint32_t sequence) const {
@@ -147,6 +157,7 @@ class Scheduler {
   FLASHMOE_ROLE bool publish_bundle(const Lanes& lanes, int expert, uint32_t known, bool& room) {
     Workspace& ws = c_.ws;
     const uint32_t begin = next_row(expert), end = rows_known(expert, known), first = ws.counters->up.published;
+    if (begin >= end) return false;  // whether there is room for more is not asked
     const auto block = [&](uint32_t b) { return block_at(expert, begin + b * kBlockM, end, known, first + b); };
     const auto own_slots = [&](uint32_t num) {
       bool owned = true;

@@ -160,11 +160,10 @@ class Subscriber {
   }
 
   FLASHMOE_ROLE void refuse(int source, uint64_t word, const CallTag* tag) {
-    Status& status = *c_.ws.status;
-    if (!P::compare_exchange(&status.claimed, 0, 1)) return;
-    status.phase = uint32_t(Phase::kHeader), status.peer = source, status.expert = -1, status.seen = word;
-    if (tag) status.peer_tag = *tag, status.has_peer_tag = 1;
-    P::store_release(&status.failure, uint32_t(Failure::kOtherCall));
+    fail_call(c_, Failure::kOtherCall, [&](Status& status) {
+      status.phase = uint32_t(Phase::kHeader), status.peer = source, status.expert = -1, status.seen = word;
+      if (tag) status.peer_tag = *tag, status.has_peer_tag = 1;
+    });
   }
 
   Context<P> c_;

@@ -9,7 +9,7 @@ namespace flashmoe {
 
 // Why a call ended early. The first to notice writes it; everyone leaves the loop.
 enum class Phase : uint32_t { kNone, kHeader, kChunk, kResults, kRelease, kQuiet };
-enum class Failure : uint32_t { kNone, kTimeout, kPeerDied, kPeerAborted, kOtherCall, kBadId };
+enum class Failure : uint32_t { kNone, kTimeout, kPeerDied, kPeerAborted, kOtherCall, kBadId, kNoRoom };
 
 struct Status {
   uint32_t claimed;  // 0 → 1 by the one who fills in the rest
@@ -19,11 +19,12 @@ struct Status {
   int32_t expert;  // local to `peer`, or -1
   uint64_t epoch;  // of the call
   CallTag tag;     // of the call
-  uint64_t seen;   // the word that was there instead; kBadId: the id
+  uint64_t seen;   // the word that was there instead; kBadId: the id; kNoRoom: rows that came
   uint64_t waited_ns;
   CallTag peer_tag;  // kOtherCall, where the packet had rows
   uint32_t has_peer_tag;
   int32_t token, choice;  // kBadId: of whom
+  uint64_t room;          // kNoRoom: for so many rows
 };
 
 // What the machine that computes the call adds to its shapes.
@@ -31,6 +32,7 @@ struct Machine {
   bool staged = false;            // some peers' memory is not mapped here
   std::byte* stage = nullptr;     // where what travels to them lies until then, if the transport takes no other memory
   uint32_t max_ring_blocks = 16;  // between their up and down tiles at one time: bounds the memory under any skew
+  uint32_t max_backward_blocks = ~uint32_t(0);  // of a backward call, which ends with kNoRoom if it needs more
   uint32_t num_workers = 1;       // that take tiles at one time
   int plan_warps = 1;             // of the group that plans
   int hidden_bytes = 4;           // of an element of `hidden`, whose type is the engine's choice
@@ -133,8 +135,9 @@ struct Workspace {
     const size_t most_rows = pairs + (ep_size - 1) * layout.max_result_rows;
     const size_t most_blocks = most_rows / kBlockM + (local < most_rows ? local : most_rows) + 1;
     // Weight gradients are sums over all rows of an expert: what they are made of stays until the end of the call.
-    const bool backward = call.tag.backward(), bounded = !backward && machine.max_ring_blocks < most_blocks;
-    ring_blocks = uint32_t(bounded ? machine.max_ring_blocks : most_blocks);
+    const bool backward = call.tag.backward();
+    const uint32_t bound = backward ? machine.max_backward_blocks : machine.max_ring_blocks;
+    ring_blocks = bound < most_blocks ? bound : uint32_t(most_blocks);
     num_workers = machine.num_workers;
     const size_t width = backward ? backward_hidden_width(call) : call.intermediate_size;
     hidden_stride = round_up(width * machine.hidden_bytes, 64) / sizeof(float);
@@ -240,5 +243,14 @@ struct Context {
     return stage ? stage + layout.header_stride + slot * slot_bytes() : nullptr;
   }
 };
+
+// Ends the call: who first finds that it cannot be completed says why, and fill(status) what is known. By one thread.
+template <class P, class F>
+FLASHMOE_ROLE void fail_call(const Context<P>& c, Failure failure, F&& fill) {
+  Status& status = *c.ws.status;
+  if (!P::compare_exchange(&status.claimed, 0, 1)) return;
+  fill(status);
+  P::store_release(&status.failure, uint32_t(failure));
+}
 
 }  // namespace flashmoe

@@ -75,8 +75,9 @@ inline std::string describe_failure(const GroupOptions& group, int rank, const S
       break;
     case Failure::kPeerAborted: {
       static constexpr const char* kWhy[] = {"", "a deadline that passed", "a peer process that ended", "",
-                                             "ranks that call different layers", "an expert's id out of range"};
-      s << name(abort_origin(status.seen)) << " aborted because of " << kWhy[abort_failure(status.seen) % 6]
+                                             "ranks that call different layers", "an expert's id out of range",
+                                             "more rows of a backward call than it has memory for"};
+      s << name(abort_origin(status.seen)) << " aborted because of " << kWhy[abort_failure(status.seen) % 7]
         << " (" << name(abort_about(status.seen)) << ")";
       break;
     }
@@ -88,6 +89,10 @@ inline std::string describe_failure(const GroupOptions& group, int rank, const S
         s << " (call digest " << (signal_payload(status.seen) >> 1) << ", expected " << tag_digest(status.tag) << ")";
       break;
     case Failure::kBadId: s << describe_bad_id(status); break;
+    case Failure::kNoRoom:
+      s << status.seen << " rows or more have come to its experts, and a backward call has memory for " << status.room
+        << " there, in blocks of one expert each; FLASHMOE_BACKWARD_MIB sets how much";
+      break;
     case Failure::kNone: break;
   }
   s << ". " << remedy;

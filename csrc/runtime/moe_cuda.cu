@@ -61,6 +61,9 @@ class CudaTeam::Impl {
     capability_ = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device_) +
                   attribute(cudaDevAttrComputeCapabilityMinor, device_);
     const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device_);
+    size_t free_bytes, bytes;
+    check_cuda(cudaMemGetInfo(&free_bytes, &bytes), "cudaMemGetInfo");
+    backward_bytes_ = options.backward_bytes ? options.backward_bytes : bytes / 4 / ranks_.count();
     blocks_per_rank_ = (multiprocessors - options.sm_margin) / ranks_.count();
     if (options.sm_margin < 0 || blocks_per_rank_ < 1)
       bad_argument("sm_margin must leave each of ", ranks_.count(), " ranks one of the ", multiprocessors,
@@ -104,6 +107,7 @@ class CudaTeam::Impl {
     begin.machine = {.staged = !ranks_.all_mapped(),
                      .stage = options_.peers ? options_.peers->stage : nullptr,
                      .max_ring_blocks = kRingBlocks,
+                     .max_backward_blocks = most_backward_blocks(args[0], kernel.hidden_bytes),
                      .num_workers = uint32_t(blocks_per_rank_),
                      .plan_warps = kernel.crew_warps,
                      .hidden_bytes = kernel.hidden_bytes};
@@ -171,6 +175,13 @@ class CudaTeam::Impl {
     }
     for (const Gradients& grad : grads) p.aligned = p.aligned && begin_aligned(grad);
     return choose_kernel(p);
+  }
+
+  // A lone rank's rows are its own, however many.
+  uint32_t most_backward_blocks(const ForwardArgs& a, int hidden_bytes) const {
+    const size_t row = backward_hidden_width(call_of(a, nullptr, 1, 0, 0)) * hidden_bytes;
+    const size_t most = ep_size_ == 1 ? ~uint32_t(0) : std::max<size_t>(1, backward_bytes_ / (row * kBlockM));
+    return uint32_t(std::min<size_t>(most, ~uint32_t(0)));
   }
 
   // The heap of a lone rank follows its calls, as on the host: of its table only the signals depend on the limits, by
@@ -248,6 +259,7 @@ class CudaTeam::Impl {
   const CudaRanks ranks_;
   HeapLayout layout_;
   int blocks_per_rank_ = 0, capability_ = 0;
+  size_t backward_bytes_ = 0;
   CallOrder& order_;
   DeviceMemory memory_;
   CudaFailures failures_;

@@ -33,6 +33,7 @@ struct CudaOptions {
   int sm_margin = 0;      // multiprocessors left to others
   bool exact = false;     // products in fp32 also where the tensor cores could make them in 16 bits
   int missing_ranks = 0;  // so many of the last ranks never come, to show what becomes of the others
+  size_t backward_bytes = 0;  // what backward calls of several ranks may keep of their rows; 0: a quarter of the GPU's
   std::optional<CudaPeers> peers;           // none: every rank of `limits` is a virtual one, here
   std::vector<std::shared_ptr<void>> keep;  // whatever holds the peers' memory
 };
@@ -59,8 +60,9 @@ class CudaTeam {
   // the same layer, shapes and dtype before.
   void forward(const std::vector<ForwardArgs>& ranks, void* stream, bool tf32);
   // The gradients of such a call, as Group::backward makes them: addresses on the device. All peers must be mapped, and
-  // products of float32 are not rounded. What the ranks' rows become stays in memory until the call ends: as much as the
-  // worst routing could bring.
+  // products of float32 are not rounded. What the rows of a rank's experts become stays in memory until the call
+  // ends. Of a lone rank it is known how many they are; to one of several, of which check() then raises PeerError, may come
+  // more than CudaOptions has memory for.
   void backward(const std::vector<ForwardArgs>& ranks, const std::vector<Gradients>& grads, void* stream);
 
   // What an earlier call has left, as far as the GPU has come: its y is NaN, and its gradients are.

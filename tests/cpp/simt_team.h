@@ -15,6 +15,7 @@ namespace flashmoe::test {
 struct SimtOptions {
   int ep_size = 2, blocks_per_rank = 1;
   uint32_t ring_blocks = 4;
+  uint32_t backward_blocks = Machine{}.max_backward_blocks;
   Deadlines deadlines{300'000'000, 600'000'000};
   uint64_t last_epoch = 0;
   int mapped_together = 0;  // so many ranks at a time have each other's memory mapped; 0: all have
@@ -140,7 +141,7 @@ class SimtTeam {
     return p;
   }
   Machine machine_of(int rank) {
-    Machine m{.max_ring_blocks = options_.ring_blocks, .num_workers = uint32_t(options_.blocks_per_rank), .plan_warps = E::kCrewWarps, .hidden_bytes = E::kHiddenBytes};
+    Machine m{.max_ring_blocks = options_.ring_blocks, .max_backward_blocks = options_.backward_blocks, .num_workers = uint32_t(options_.blocks_per_rank), .plan_warps = E::kCrewWarps, .hidden_bytes = E::kHiddenBytes};
     m.staged = options_.mapped_together != 0;
     if (m.staged) m.stage = heap_of(rank) + layout_.bytes;
     return m;

@@ -3,6 +3,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "runtime/failure_report.h"
 #include "simt_gradients.h"
 
 namespace {
@@ -107,6 +108,48 @@ void release_that_never_comes() {
   }
 }
 
+// More rows than there is memory for end the call of every rank by that name, and no gradient is left; as many as there
+// is memory for are served.
+void more_rows_than_memory() {
+  const BackwardProgram program = program_of(2, {100}, Skew::kOneExpert);
+  const Truth truth = truth_of(program);
+  const auto rows_of = [&](int rank) {
+    std::vector<uint32_t> rows(tiny_layer().num_experts);
+    for (const Tokens& t : program[0].tokens)
+      for (int32_t id : t.ids)
+        if (id >= 0 && id < tiny_layer().num_experts && (*program[0].map)[id] == rank) ++rows[id];
+    return rows;
+  };
+  uint32_t blocks[2] = {}, all = 0;
+  for (int rank : {0, 1})
+    for (uint32_t rows : rows_of(rank)) blocks[rank] += ceil_div<uint32_t>(rows, kBlockM);
+  const int busy = blocks[1] > blocks[0];
+  for (uint32_t rows : rows_of(busy)) all += rows;
+  check(blocks[busy] > blocks[1 - busy], "one rank has more row blocks than the other");
+  SimtOptions options{.ep_size = 2, .blocks_per_rank = 2};
+  for (int seed = 0; seed < 12; ++seed) {
+    options.backward_blocks = blocks[busy];
+    const std::string trouble = trouble_of(run_backward(program, options, seed), program, truth);
+    check(trouble.empty(), "just enough memory, seed " + std::to_string(seed) + ": " + trouble);
+
+    options.backward_blocks = blocks[busy] - 1;
+    const BackwardOutcome o = run_backward(program, options, seed);
+    const Status &s = o.status[busy], &other = o.status[1 - busy];
+    const std::string what = "seed " + std::to_string(seed) + ": failures " + std::to_string(s.failure) + " and " +
+                             std::to_string(other.failure) + ", " + std::to_string(s.seen) + " rows " + o.misuse;
+    check(Failure(s.failure) == Failure::kNoRoom && s.peer == busy && s.room == options.backward_blocks * kBlockM, what);
+    check(s.seen > kBlockM && s.seen <= all, what);
+    check(Failure(other.failure) == Failure::kPeerAborted && abort_origin(other.seen) == busy &&
+              Failure(abort_failure(other.seen)) == Failure::kNoRoom, what);
+    const std::string told = describe_failure(GroupOptions{}, busy, s, "");
+    check(contains(told, std::to_string(s.seen) + " rows or more have come to its experts, and a backward call has memory for " +
+                             std::to_string(s.room) + " there"), told);
+    check(contains(describe_failure(GroupOptions{}, 1 - busy, other, ""), "aborted because of more rows of a backward call"), what);
+    for (int rank : {0, 1})
+      for (int i = 0; i < kOutputs; ++i) check(all_nan(o.of[0][rank][i]), what + ": the gradient of " + name(Output(i)) + " is given up");
+  }
+}
+
 // Whoever counts one tile twice hands a row block on while a tile of it is still being computed.
 struct MiscountingPlatform : CudaBackwardPlatform {
   using CudaBackwardPlatform::CudaBackwardPlatform;
@@ -182,6 +225,7 @@ void missing_barrier() {
 int main() {
   run_test("ReleaseNotAwaited", release_not_awaited);
   run_test("ReleaseThatNeverComes", release_that_never_comes);
+  run_test("MoreRowsThanMemory", more_rows_than_memory);
   run_test("BlockHandedOnEarly", block_handed_on_early);
   run_test("GradientsBeforeTheirRows", gradients_before_their_rows);
   run_test("MissingBarrier", missing_barrier);
