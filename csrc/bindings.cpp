@@ -11,6 +11,7 @@
 #include "engine/cpu.h"
 #include "platform/host_network.h"
 #include "platform/shared_segment.h"
+#include "runtime/kept_sums.h"
 #include "runtime/moe.h"
 
 namespace py = pybind11;
@@ -61,10 +62,10 @@ std::vector<std::shared_ptr<Group>> local_team(const Limits& limits, std::option
 
 // The same arguments, one by one: a call makes no object in between.
 template <class... Args>
-void forward(Group& group, Args... args) {
+void forward(Group& group, Kept* kept, Args... args) {
   const ForwardArgs call = forward_args(args...);
   py::gil_scoped_release release;
-  group.forward(call);
+  group.forward(call, kept);
 }
 template <class... Args>
 auto forward_taking(ForwardArgs (*)(Args...)) {
@@ -73,13 +74,13 @@ auto forward_taking(ForwardArgs (*)(Args...)) {
 
 // Before those the gradient of y, and where its own go.
 template <class... Args>
-void backward(Group& group, uintptr_t grad_y, uintptr_t grad_topk_weights, uintptr_t grad_gate_up_proj,
+void backward(Group& group, Kept* kept, uintptr_t grad_y, uintptr_t grad_topk_weights, uintptr_t grad_gate_up_proj,
               uintptr_t grad_gate_up_bias, uintptr_t grad_down_proj, uintptr_t grad_down_bias, Args... args) {
   const Gradients grad =
       gradients(grad_y, grad_topk_weights, grad_gate_up_proj, grad_gate_up_bias, grad_down_proj, grad_down_bias);
   const ForwardArgs call = forward_args(args...);
   py::gil_scoped_release release;
-  group.backward(call, grad);
+  group.backward(call, grad, kept);
 }
 template <class... Args>
 auto backward_taking(ForwardArgs (*)(Args...)) {
@@ -139,6 +140,10 @@ PYBIND11_MODULE(_C, m) {
   bind_ucx(m);
 #endif
 
+  // As a buffer it is one byte that stands for it, so that a tensor can hold it.
+  py::class_<Kept>(m, "Kept", py::buffer_protocol()).def(py::init()).def_buffer([](Kept& kept) {
+    return py::buffer_info(reinterpret_cast<unsigned char*>(&kept), 1);
+  });
   py::class_<Group, std::shared_ptr<Group>>(m, "Group")
       .def(py::init(&make_group), py::arg("name"), py::arg("ep_rank"), py::arg("limits"), py::arg("segments"),
            py::arg("offsets"), py::arg("pids"), py::arg("global_ranks"), py::arg("network") = nullptr,

@@ -1,9 +1,9 @@
 """The gradients of the operator: one more call of the core, in which y's gradients travel as tokens do.
 
-Nothing is kept from the forward pass but its arguments. Tokens travel once more beside the gradients, and what the
-experts made of them is computed again: of a gated expert two matrices' products with a row once more, three for the
-row's gradients, and three for the weights'. So what waits for the backward pass does not grow with the experts' width
-nor with k.
+Tokens travel once more beside the gradients. What the experts made of them in the up product is kept on the CPU, in
+float32 (flashmoe/keeping.py): up rows · 4 bytes for each row of this rank's experts, from the forward call to the backward
+call. Where it is not, on a GPU and in compiled graphs, it is made again, with the same bits: of a gated expert two products
+more with a row, beside three for the row's gradients and three for the weights'.
 
 Gradients repeat bit by bit. Those of x and topk_weights do not depend on the number of ranks or workers either; those
 of weights are sums over the rows of an expert in an order that does depend on the ranks: each rank's own tokens first.
@@ -24,6 +24,7 @@ from torch import Tensor
 from . import cuda_teams, groups
 from .arguments import check
 from .core_arguments import core_arguments
+from .keeping import handed_on, new_kept
 from .operators import define, register_effectful
 
 
@@ -36,18 +37,20 @@ class Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, op, *args):
-        ctx.save_for_backward(*args[:8])
+        kept = new_kept(args[0])
+        ctx.save_for_backward(*args[:8], kept)
         ctx.how = args[8:]
-        with torch._C._AutoDispatchBelowAutograd():
+        with handed_on(kept), torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
     @staticmethod
     def backward(ctx, grad_y):
-        tensors = ctx.saved_tensors
+        *tensors, kept = ctx.saved_tensors
         activation, gated, layer, *group = ctx.how
         _, *needed = ctx.needs_input_grad  # of op, x, topk_ids, topk_weights, …
         op = _EP_BACKWARD if group else _LOCAL_BACKWARD
-        grads = op(grad_y, *tensors, activation, gated, layer, needed[3:7], *group)
+        with handed_on(kept):
+            grads = op(grad_y, *tensors, activation, gated, layer, needed[3:7], *group)
         grad_x, grad_topk_weights, *grad_weights = grads
         grad_weights = [grad if need else None for grad, need in zip(grad_weights, needed[3:7], strict=True)]
         return None, grad_x, None, grad_topk_weights.to(tensors[2].dtype), *grad_weights, *[None] * (1 + len(ctx.how))

@@ -13,6 +13,7 @@ import torch
 
 from . import _C, cuda_teams, distributed
 from .cuda_groups import CudaGroup
+from .keeping import kept_here
 
 # Groups given as objects, by the name they got here; groups looked up by name, for check().
 _given_groups: weakref.WeakValueDictionary[str, _C.Group] = weakref.WeakValueDictionary()
@@ -94,11 +95,11 @@ _kept_stats: dict[tuple[str | None, int], dict] = {}
 
 
 def call(kind: str, name: str | None, group: _C.Group, layer: int, *arguments) -> None:
-    """One call of that kind, "forward" or "backward", as _C.Group's method takes it. None: the local group."""
+    """One call of that kind, "forward" or "backward", as _C.Group's method takes it after what is kept. None: the local group."""
     last = _last_layer.get(name, layer)
     if last != layer and last != 0:
         _kept_stats[name, last] = group.stats()
-    getattr(group, kind)(*arguments)
+    getattr(group, kind)(kept_here(), *arguments)
     _last_layer[name] = layer
     cuda_teams.device_of_layer.pop((name, layer), None)
 

@@ -23,11 +23,11 @@ class CpuTeam:
 
     def forward(self, ranks: list[tuple], stream: int, tf32: bool) -> None:
         with ThreadPoolExecutor(len(ranks)) as pool:
-            list(pool.map(lambda group, arguments: group.forward(*arguments), self.groups, ranks))
+            list(pool.map(lambda group, arguments: group.forward(None, *arguments), self.groups, ranks))
 
     def backward(self, ranks: list[tuple], grads: list[tuple], stream: int) -> None:
         with ThreadPoolExecutor(len(ranks)) as pool:
-            list(pool.map(lambda group, grad, arguments: group.backward(*grad, *arguments), self.groups, grads, ranks))
+            list(pool.map(lambda group, grad, arguments: group.backward(None, *grad, *arguments), self.groups, grads, ranks))
 
     def check(self) -> None:
         pass

@@ -23,6 +23,7 @@ struct GradientRows {
   const float* weight;  // w
   int num_rows;
   BackwardRows made;
+  const float* up_sums = nullptr;  // [num_rows, up_rows] gate_up · x without bias; null: to be made again
 };
 
 struct ExpertWeights {
@@ -45,6 +46,9 @@ concept BackwardEngine =
                               void* const* out_rows, void* scratch) {
       { E::kGradRows } -> std::convertible_to<int>;  // of a grad tile, at most
       { E::kGradCols } -> std::convertible_to<int>;
+      // An up tile that also leaves its sums, without bias, in rows of up_rows.
+      engine.up_tile_keeping(problem, rows.x, n, matrix, matrix, n, n, rows.made.hidden, rows.made.stride,
+                             rows.made.hidden, scratch);
       // rows.made for columns [begin, end) of the intermediate size, which are up tile `part`.
       engine.up_backward(problem, rows, weights, n, n, n, scratch);
       // out_rows[:, begin:end) = gate_up_grad · gate_up, in the call's dtype.

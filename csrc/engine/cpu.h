@@ -51,6 +51,11 @@ class CpuEngine {
                const void* gate_up_bias, int col_begin, int col_end, float* h, ptrdiff_t h_stride,
                void* scratch) const;
 
+  // Also leaves sums[i · up_rows + c] = A Wg^T, and A Wu^T beside it at I + c.
+  void up_tile_keeping(const Problem& problem, const void* const* rows, int num_rows, const void* gate_up,
+                       const void* gate_up_bias, int col_begin, int col_end, float* h, ptrdiff_t h_stride, float* sums,
+                       void* scratch) const;
+
   // out_rows[i][c] for c in [col_begin, col_end): h[i] · down[c] + down_bias[c], rounded once, to nearest even.
   void down_tile(const Problem& problem, const float* h, ptrdiff_t h_stride, int num_rows, const void* down,
                  const void* down_bias, int col_begin, int col_end, void* const* out_rows, void* scratch) const;

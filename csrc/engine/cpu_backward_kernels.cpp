@@ -39,17 +39,17 @@ float dot(const A* a, const B* b, int n) {
   return sum_lanes(sum, sum, sum, sum)[0];
 }
 
-// Of one row and n columns: product holds gate (and up) sums, g the gradient of h.
+// Of one row and n columns: gate_sums and up_sums are the up product's, g the gradient of h.
 template <Activation kActivation, bool kGated, class T>
-void differentiate_row(const float* product, const float* g, const T* bias, int intermediate_size, int n, float* gate_up_grad,
-                       float* h) {
+void differentiate_row(const float* gate_sums, const float* up_sums, const float* g, const T* bias, int intermediate_size,
+                       int n, float* gate_up_grad, float* h) {
   for (int c = 0; c < n; c += kLanes) {
     const int left = n - c;
     const Vector dh = widen(g + c);
-    ValueAndSlope act = differentiate<kActivation>(widen(product + c) + bias_upto(bias ? bias + c : bias, left));
+    ValueAndSlope act = differentiate<kActivation>(widen_upto(gate_sums + c, left) + bias_upto(bias ? bias + c : bias, left));
     if constexpr (kGated) {
       const T* up_bias = bias ? bias + intermediate_size + c : bias;
-      const Vector up = widen(product + cpu::kMaxTileRows / 2 + c) + bias_upto(up_bias, left);
+      const Vector up = widen_upto(up_sums + c, left) + bias_upto(up_bias, left);
       narrow_upto(dh * act.value, gate_up_grad + intermediate_size + c, left);
       act.value *= up, act.slope *= up;
     }
@@ -59,10 +59,10 @@ void differentiate_row(const float* product, const float* g, const T* bias, int 
 }
 
 template <bool kGated, class T>
-void differentiate_row(Activation activation, const float* product, const float* g, const T* bias, int intermediate_size,
-                       int n, float* gate_up_grad, float* h) {
+void differentiate_row(Activation activation, const float* gate_sums, const float* up_sums, const float* g, const T* bias,
+                       int intermediate_size, int n, float* gate_up_grad, float* h) {
   const auto with = [&]<Activation kActivation>() {
-    differentiate_row<kActivation, kGated, T>(product, g, bias, intermediate_size, n, gate_up_grad, h);
+    differentiate_row<kActivation, kGated, T>(gate_sums, up_sums, g, bias, intermediate_size, n, gate_up_grad, h);
   };
   switch (activation) {
     case Activation::kSilu: return with.template operator()<Activation::kSilu>();
@@ -85,17 +85,22 @@ void up_backward(const CpuProblem& problem, const GradientRows& rows, const Expe
   const WeightRows<T> tile{gate_up, problem.hidden_size, col_begin, n, sections, problem.intermediate_size};
   for (int first = 0; first < rows.num_rows; first += cpu::kPassRows) {
     const int num = rows.num_rows - first < cpu::kPassRows ? rows.num_rows - first : cpu::kPassRows;
-    product<T>([&](int i) { return static_cast<const T*>(rows.x[first + i]); }, num, tile, scratch.forward);
+    if (!rows.up_sums)
+      product<T>([&](int i) { return static_cast<const T*>(rows.x[first + i]); }, num, tile, scratch.forward);
     for (int i = 0; i < num; ++i) {
-      const float* sums = scratch.forward.product + i * cpu::kMaxTileRows;
+      const float *gate = scratch.forward.product + i * cpu::kMaxTileRows, *up = gate + cpu::kMaxTileRows / 2;
+      if (rows.up_sums) {
+        gate = rows.up_sums + ptrdiff_t(first + i) * sections * problem.intermediate_size + col_begin;
+        up = gate + (sections - 1) * problem.intermediate_size;
+      }
       const float* g = scratch.sums + (first + i) * cpu::kGradCols;
       const ptrdiff_t row = (first + i) * rows.made.stride;
       float *grad = rows.made.gate_up_grad + row + col_begin, *h = rows.made.hidden + row + col_begin;
       const T* columns_bias = bias ? bias + col_begin : bias;
       if (problem.gated)
-        differentiate_row<true>(problem.activation, sums, g, columns_bias, problem.intermediate_size, n, grad, h);
+        differentiate_row<true>(problem.activation, gate, up, g, columns_bias, problem.intermediate_size, n, grad, h);
       else
-        differentiate_row<false>(problem.activation, sums, g, columns_bias, problem.intermediate_size, n, grad, h);
+        differentiate_row<false>(problem.activation, gate, up, g, columns_bias, problem.intermediate_size, n, grad, h);
       rows.made.dot[row + part] =
           dot(g, h, n) + (part == 0 && down_bias ? dot(dy(first + i), down_bias, problem.hidden_size) : 0.0f);
     }

@@ -79,7 +79,13 @@ size_t CpuEngine::backward_scratch_bytes(const Problem&) { return sizeof(cpu::Ba
 void CpuEngine::up_tile(const Problem& problem, const void* const* rows, int num_rows, const void* gate_up,
                         const void* gate_up_bias, int col_begin, int col_end, float* h, ptrdiff_t h_stride,
                         void* scratch) const {
-  kernels_->up_tile(problem, rows, num_rows, gate_up, gate_up_bias, col_begin, col_end, h, h_stride, scratch);
+  kernels_->up_tile(problem, rows, num_rows, gate_up, gate_up_bias, col_begin, col_end, h, h_stride, nullptr, scratch);
+}
+
+void CpuEngine::up_tile_keeping(const Problem& problem, const void* const* rows, int num_rows, const void* gate_up,
+                                const void* gate_up_bias, int col_begin, int col_end, float* h, ptrdiff_t h_stride,
+                                float* sums, void* scratch) const {
+  kernels_->up_tile(problem, rows, num_rows, gate_up, gate_up_bias, col_begin, col_end, h, h_stride, sums, scratch);
 }
 
 void CpuEngine::down_tile(const Problem& problem, const float* h, ptrdiff_t h_stride, int num_rows, const void* down,

@@ -65,7 +65,7 @@ void up_epilogue(Activation activation, const cpu::Scratch& scratch, int num_row
 
 template <class T>
 void up_tile(const CpuProblem& problem, const void* const* rows, int num_rows, const void* gate_up,
-             const void* gate_up_bias, int col_begin, int col_end, float* h, ptrdiff_t h_stride,
+             const void* gate_up_bias, int col_begin, int col_end, float* h, ptrdiff_t h_stride, float* kept_sums,
              cpu::Scratch& scratch) {
   const int sections = problem.gated ? 2 : 1, most = cpu::kMaxTileRows / sections;
   const T* weights = static_cast<const T*>(gate_up);
@@ -75,6 +75,9 @@ void up_tile(const CpuProblem& problem, const void* const* rows, int num_rows, c
     const int n = col_end - c < most ? col_end - c : most;
     const WeightRows<T> tile{weights, problem.hidden_size, c, n, sections, problem.intermediate_size};
     product<T>(row, num_rows, tile, scratch);
+    for (int i = 0; kept_sums && i < num_rows * sections; ++i)
+      memcpy(kept_sums + ptrdiff_t(i) * problem.intermediate_size + c,
+             scratch.product + i / sections * cpu::kMaxTileRows + i % sections * most, sizeof(float) * n);
     for (int s = 0; s < sections; ++s)
       widen_bias(bias == nullptr ? nullptr : bias + s * problem.intermediate_size + c, n, scratch.bias + s * most);
     if (problem.gated)
@@ -136,11 +139,13 @@ FLASHMOE_INLINE void for_each_pass(int num_rows, const F& f) {
 
 void up_tile_any(const CpuProblem& problem, const void* const* rows, int num_rows, const void* gate_up,
                  const void* gate_up_bias, int col_begin, int col_end, float* h, ptrdiff_t h_stride,
-                 void* scratch) {
+                 float* kept_sums, void* scratch) {
+  const ptrdiff_t up_rows = (problem.gated ? 2 : 1) * ptrdiff_t(problem.intermediate_size);
   with_dtype(problem.dtype, [&](auto element) {
     for_each_pass(num_rows, [&](int first, int num) {
       up_tile<decltype(element)>(problem, rows + first, num, gate_up, gate_up_bias, col_begin, col_end,
-                                 h + first * h_stride, h_stride, *static_cast<cpu::Scratch*>(scratch));
+                                 h + first * h_stride, h_stride, kept_sums ? kept_sums + first * up_rows : nullptr,
+                                 *static_cast<cpu::Scratch*>(scratch));
     });
   });
 }

@@ -11,7 +11,8 @@ struct CpuBackwardKernels;  // engine/cpu_backward.h
 struct CpuKernels {
   const char* name;
   void (*up_tile)(const CpuProblem&, const void* const* rows, int num_rows, const void* gate_up,
-                  const void* gate_up_bias, int col_begin, int col_end, float* h, ptrdiff_t h_stride, void* scratch);
+                  const void* gate_up_bias, int col_begin, int col_end, float* h, ptrdiff_t h_stride,
+                  float* kept_sums, void* scratch);
   void (*down_tile)(const CpuProblem&, const float* h, ptrdiff_t h_stride, int num_rows, const void* down,
                     const void* down_bias, int col_begin, int col_end, void* const* out_rows, void* scratch);
   void (*combine)(const CpuProblem&, const void* const* rows, const float* weights, int num, void* y);

@@ -48,7 +48,7 @@ class BackwardCrewOfOne : public CrewOfOne<P, E> {
       g.x[r] = x, g.dy[r] = dy, g.weight[r] = weight;
     };
     for_each_gradient_row(c_, ring_slot, 0, num_rows, take);
-    return {g.x, g.dy, g.weight, int(num_rows), backward_rows(c_, ring_slot)};
+    return {g.x, g.dy, g.weight, int(num_rows), backward_rows(c_, ring_slot), kept_sums(c_, ring_slot)};
   }
 
   void compute_up(const Work& work) {

@@ -83,6 +83,13 @@ struct Gradients {
   std::byte* down_bias;
 };
 
+// Where a call on the host finds or leaves what protocol/kept.h says.
+struct KeptSums {
+  float* sums;      // [row blocks, kBlockM, up_rows]; null: nothing is kept
+  uint32_t* place;  // [num_local_experts, blocks_of_expert] 1 + which of them is the expert's block, or 0
+  uint32_t blocks_of_expert;
+};
+
 // One call on one rank. Experts are numbered by *position*: sorted by (owning rank, expert id), so that the
 // experts of rank d are the positions [rank_begin[d], rank_begin[d + 1]) and a local expert index is a
 // position less rank_begin[ep_rank].
@@ -109,6 +116,7 @@ struct Call {
   const std::byte* down_bias;     // [num_local_experts, hidden_size] or null
   std::byte* y;                   // [num_tokens, hidden_size]; of a backward call the gradient of x
   Gradients grad;                 // of a backward call
+  KeptSums kept;
 
   FLASHMOE_HD int num_local_experts() const { return rank_begin[ep_rank + 1] - rank_begin[ep_rank]; }
   FLASHMOE_HD size_t row_bytes() const { return size_t(hidden_size) * dtype_bytes(dtype); }

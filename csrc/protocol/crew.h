@@ -1,8 +1,9 @@
 // The host's crew: one thread that performs what an agent decided, with the products of a TileEngine.
 #pragma once
 
-#include "engine/tile_engine.h"
+#include "engine/backward_engine.h"
 #include "protocol/dispatcher.h"
+#include "protocol/kept.h"
 #include "protocol/processor.h"
 
 namespace flashmoe {
@@ -55,6 +56,13 @@ class CrewOfOne {
     const void* rows[kBlockM];
     for_each_token_row(c_, uint32_t(work.index), 0, uint32_t(t.num_rows),
                        [&](uint32_t r, const std::byte* row) { rows[r] = row; });
+    if constexpr (BackwardEngine<E>) {
+      if (float* sums = sums_to_keep(c_, uint32_t(work.index))) {
+        if (work.part == 0) note_kept(c_, uint32_t(work.index));
+        return engine_.up_tile_keeping(problem_, rows, t.num_rows, t.gate_up, t.bias, t.begin, t.end, t.hidden,
+                                       ptrdiff_t(c_.ws.hidden_stride), sums, scratch_);
+      }
+    }
     engine_.up_tile(problem_, rows, t.num_rows, t.gate_up, t.bias, t.begin, t.end, t.hidden,
                     ptrdiff_t(c_.ws.hidden_stride), scratch_);
   }

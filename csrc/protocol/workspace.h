@@ -81,6 +81,13 @@ struct BackwardTables {
   float* row_weight;       // [num_tokens · top_k] top-k weight of each result row
 };
 
+// Under the worst routing.
+FLASHMOE_HD inline size_t most_row_blocks(const Call& call, const HeapLayout& layout) {
+  const size_t rows = size_t(call.num_tokens) * call.top_k + size_t(call.ep_size - 1) * layout.max_result_rows;
+  const size_t local = call.num_local_experts();
+  return rows / kBlockM + (local < rows ? local : rows) + 1;
+}
+
 struct Workspace {
   Counters* counters;
   Status* status;
@@ -132,8 +139,7 @@ struct Workspace {
   FLASHMOE_HD Workspace(const Call& call, const HeapLayout& layout, const Machine& machine, std::byte* base) : bytes(0) {
     const size_t ep_size = call.ep_size, local = call.num_local_experts(), experts = call.num_experts;
     const size_t tokens = call.num_tokens, pairs = tokens * call.top_k;
-    const size_t most_rows = pairs + (ep_size - 1) * layout.max_result_rows;
-    const size_t most_blocks = most_rows / kBlockM + (local < most_rows ? local : most_rows) + 1;
+    const size_t most_blocks = most_row_blocks(call, layout);
     // Weight gradients are sums over all rows of an expert: what they are made of stays until the end of the call.
     const bool backward = call.tag.backward();
     const uint32_t bound = backward ? machine.max_backward_blocks : machine.max_ring_blocks;

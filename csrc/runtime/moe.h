@@ -13,6 +13,7 @@
 namespace flashmoe {
 
 class HostNetwork;
+class Kept;  // runtime/kept_sums.h
 
 // A call that other ranks had a part in cannot be completed: a deadline, a dead peer, an abort, ranks that call
 // different layers. The group is unusable from then on.
@@ -68,10 +69,11 @@ class Group {
   ~Group();
 
   // Blocks until y is complete. std::invalid_argument: nothing was sent. PeerError: the group has failed.
-  void forward(const ForwardArgs& args);
-  // The gradients of the forward call with these arguments, args.y being that of x; all ranks make it, as that one. What
-  // the forward call made is computed again.
-  void backward(const ForwardArgs& args, const Gradients& grad);
+  // `kept`, if any, then holds what the backward call of this call would else compute again.
+  void forward(const ForwardArgs& args, Kept* kept = nullptr);
+  // The gradients of the forward call with these arguments, args.y being that of x; all ranks make it, as that one. The
+  // bits do not depend on what was kept.
+  void backward(const ForwardArgs& args, const Gradients& grad, Kept* kept = nullptr);
 
   // From the next call on the timeline of each is kept until the following one: at most so many events of a worker.
   void set_trace(uint32_t max_events);

@@ -15,6 +15,7 @@
 #include "runtime/call_of.h"
 #include "runtime/check.h"
 #include "runtime/failure_report.h"
+#include "runtime/kept_sums.h"
 #include "runtime/worker_pool.h"
 
 namespace flashmoe {
@@ -53,8 +54,8 @@ class Group::Impl {
   // Only the descriptors go, so that the child keeps nobody's memory alive.
   void forget() { options_.keep.clear(); }
 
-  // `grad`: of a backward call, else null.
-  void call(const ForwardArgs& args, const Gradients* grad) {
+  // `grad`: of a backward call, else null. `kept`: what a forward call keeps and a backward call uses, or null.
+  void call(const ForwardArgs& args, const Gradients* grad, Kept* kept) {
     if (!made_here())
       throw std::runtime_error("flashmoe group '" + options_.name + "' was made by process " + std::to_string(process_) +
                                ": a forked child has neither its threads nor its memory, and makes a group of its own");
@@ -64,8 +65,9 @@ class Group::Impl {
     const bool grows = alone && options_.keep.empty();
     check_shapes(args, options_.limits, grows);
     if (grad && !grows && !options_.limits.backward) bad_argument("flashmoe group '", options_.name, "' has no memory for backward calls");
-    const Call call = make_call(args, grad);
+    Call call = make_call(args, grad);
     if (grows) grow(call);
+    if (kept) call.kept = grad ? kept->of(call, layout_) : kept->begin(call, layout_);
 
     const Machine machine{.staged = platform_->staged(), .num_workers = uint32_t(num_workers_)};
     // What a backward call keeps of its rows is as much as the worst skew could bring.
@@ -75,6 +77,7 @@ class Group::Impl {
     platform_->reset_sent();
     run(call, ws);
     if (ws.status->failure) fail(call, ws);
+    if (kept && !grad) kept->complete();
     take_stats(call, ws);
   }
 
@@ -246,8 +249,8 @@ Group::~Group() {
   impl_->forget();
   impl_.release();
 }
-void Group::forward(const ForwardArgs& args) { impl_->call(args, nullptr); }
-void Group::backward(const ForwardArgs& args, const Gradients& grad) { impl_->call(args, &grad); }
+void Group::forward(const ForwardArgs& args, Kept* kept) { impl_->call(args, nullptr, kept); }
+void Group::backward(const ForwardArgs& args, const Gradients& grad, Kept* kept) { impl_->call(args, &grad, kept); }
 void Group::set_trace(uint32_t max_events) { impl_->set_trace(max_events); }
 std::vector<std::vector<TraceEvent>> Group::trace(uint64_t& lost) const { return impl_->trace(lost); }
 GroupStats Group::stats() const { return impl_->stats(); }

@@ -4,6 +4,7 @@
 #include <array>
 
 #include "reference_gradients.h"
+#include "runtime/kept_sums.h"
 #include "team.h"
 
 namespace flashmoe::test {
@@ -23,6 +24,8 @@ struct PassOfAll {
   bool backward = false;
   std::vector<std::vector<float>> dy = {};  // by rank
   std::vector<unsigned> asked = {};         // by rank, 1 << Output of each gradient of weights; none: all
+  std::vector<std::shared_ptr<Kept>> kept = {};  // by rank, what a forward call fills and a backward call reads
+  Kept* kept_by(int rank) const { return kept.empty() ? nullptr : kept[rank].get(); }
   unsigned asked_by(int rank) const { return asked.empty() ? kAllAsked : asked[rank]; }
 };
 using Passes = std::vector<PassOfAll>;
@@ -55,10 +58,10 @@ inline Outputs run_pass(Group& group, const PassOfAll& pass, int rank, int ep_si
       return out[o].empty() ? reinterpret_cast<std::byte*>(&args) : out[o].data();  // asked for, of no expert
     };
     group.backward(args.args, {dy.data(), topk_weights.data(), like(kGateUp, args.gate_up), like(kGateUpBias, args.gate_up_bias),
-                               like(kDown, args.down), like(kDownBias, args.down_bias)});
+                               like(kDown, args.down), like(kDownBias, args.down_bias)}, pass.kept_by(rank));
     out[kTopkWeights] = encode(topk_weights, DType::kFloat32);
   } else {
-    group.forward(args.args);
+    group.forward(args.args, pass.kept_by(rank));
   }
   out[kX] = args.y;
   return out;

@@ -152,6 +152,39 @@ void many_workers_per_rank() {
   }
 }
 
+// What a forward call keeps changes no bit of its y nor of the gradients, whoever keeps; what is of another call, or of one
+// that never was, is passed over.
+void kept_sums() {
+  const auto fresh = [](int ranks) {
+    std::vector<std::shared_ptr<Kept>> kept;
+    for (int r = 0; r < ranks; ++r) kept.push_back(std::make_shared<Kept>());
+    return kept;
+  };
+  uint64_t seed = 0;
+  for (int ep_size : {1, 2, 4})
+    for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+      ++seed;
+      const LayerShape shape{.hidden_size = 40, .intermediate_size = 150, .num_experts = 8, .top_k = 3, .gated = seed % 2 == 0,
+                             .bias = seed % 3 != 0, .dtype = dtype, .activation = Activation(seed % 4)};
+      LayerShape other_shape = shape;
+      other_shape.intermediate_size = 40, other_shape.layer = 1;
+      const Layer layer(shape, seed), other_layer(other_shape, seed);
+      const auto count = [](int r) { return 190 + 40 * r; };
+      const CallOfAll call = call_of(layer, ep_size, seed, count, Skew::kOneExpert), other = call_of(other_layer, ep_size, seed, count);
+      Passes passes{{call}, {call}, {other}, backward_of(call, 1), backward_of(call, 1), backward_of(call, 1), backward_of(call, 1)};
+      passes[1].kept = passes[4].kept = fresh(ep_size);
+      passes[2].kept = passes[5].kept = fresh(ep_size);  // of the other layer
+      passes[6].kept = passes[1].kept;
+      if (ep_size > 1) passes[6].kept[1] = std::make_shared<Kept>();
+      for (std::optional<uint64_t> remote_only : {std::optional<uint64_t>(), std::optional<uint64_t>(seed)}) {
+        const std::string what = std::to_string(ep_size) + " ranks, dtype " + std::to_string(int(dtype)) + ": ";
+        const PassResults o = check_passes(passes, {.ep_size = ep_size, .num_workers = 2, .remote_only_seed = remote_only}, what);
+        check(o.of[1] == o.of[0], what + "y of a call that keeps");
+        for (int p : {4, 5, 6}) check(o.of[p] == o.of[3], what + "gradients of pass " + std::to_string(p));
+      }
+    }
+}
+
 // What one rank asks for is its own matter: others get the same, and its call is as long as it needs to be.
 void gradients_not_asked_for() {
   LayerShape shape = kSmall;
@@ -214,6 +247,7 @@ int main() {
   run_test("ManyBlocksAndTiles", many_blocks_and_tiles);
   run_test("ManyWorkersPerRank", many_workers_per_rank);
   run_test("GradientsNotAskedFor", gradients_not_asked_for);
+  run_test("KeptSums", kept_sums);
   run_test("SeveralLayersOneGroup", several_layers_one_group);
   run_test("LocalGroupGrows", local_group_grows);
   return finish();
