@@ -1,9 +1,9 @@
 // What the tiles of a backward call read and write.
 //
-// A packet brings x and the gradient of y, dy; what the forward call made of x is computed again. With the pair's top-k
-// weight w, an expert's output o = down · h, h = act(gate) · up, and g = down^T · dy:
+// A packet brings x and the gradient of y, dy; what the forward call made of x is kept (protocol/kept.h) or computed
+// again. With the pair's top-k weight w, an expert's output o = down · h, h = act(gate) · up, and g = down^T · dy:
 //
-//   up tile      gate and up of x once more; g; h, and the gradients of gate and up; a part of g · h
+//   up tile      gate and up of x; g; h, and the gradients of gate and up; a part of g · h
 //   down tile    the row's gradient gate_up^T · d(gate, up), which returns as the forward call's results do, and w's
 //                gradient g · h + bias · dy = o · dy, which returns with it
 //   combine      the gradient of a token: Σ w · row, in the order of its routing, exactly as y
