@@ -130,12 +130,12 @@ def scaling(records: list[Record], pyplot: Any) -> Any:
 
 
 def memory(records: list[Record], pyplot: Any) -> Any:
-    """Symmetric memory that init() allocates on GPUs, for the published widths in bf16."""
+    """Symmetric memory that init(backward=False) allocates on GPUs, for the published widths in bf16."""
     figure, axes = pyplot.subplots(figsize=(6, 3.4))
     for shape in SHAPES.values():
         settings = Settings(
             max_tokens=_MEMORY_TOKENS, max_wire_bytes=2 * shape.hidden_size, max_top_k=shape.top_k,
-            max_experts=shape.num_experts, max_groups=1, device="cuda",
+            max_experts=shape.num_experts, max_groups=1, backward=False, device="cuda",
         )  # fmt: skip
         gib = [settings.arena_bytes(ranks) / 2**30 for ranks in _MEMORY_RANKS]
         axes.plot(_MEMORY_RANKS, gib, "-", ms=4, **look_of_model(shape.name), label=f"{shape.name} (k = {shape.top_k})")
@@ -154,7 +154,7 @@ FIGURES: tuple[Figure, ...] = (
     ("speedups", speedups, "Speed against every baseline: medians and quartiles of ratios round by round."),
     ("training", training, "Forward and backward: speed as a share of the floor's, of those who have a backward pass."),
     ("scaling", scaling, "Several processes against one with the same tokens and threads."),
-    ("memory", memory, f"Symmetric memory of one group, {_MEMORY_TOKENS} tokens a rank in bf16, nothing dropped."),
+    ("memory", memory, f"Symmetric memory of one group, {_MEMORY_TOKENS} tokens a rank in bf16, nothing dropped, without backward calls."),
 )
 
 

@@ -46,7 +46,7 @@ def memory_need(shape: LayerShape, machine: Machine, ep_size: int, tokens: int, 
     item = ITEM_BYTES[dtype]
     row, pairs = shape.hidden_size * item, tokens * shape.top_k
     settings = Settings(max_tokens=tokens, max_wire_bytes=row, max_top_k=shape.top_k, max_experts=shape.num_experts,
-                        max_groups=1, device="cuda")  # fmt: skip
+                        max_groups=1, backward=False, device="cuda")  # fmt: skip
     try:
         heap = settings.arena_bytes(ep_size)
     except RuntimeError as error:
