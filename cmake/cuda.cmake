@@ -59,7 +59,8 @@ if(with_cuda)
   list(FILTER cuda_sources EXCLUDE REGEX "/moe_cuda_[a-z0-9_]*\\.cu$")
   list(REMOVE_ITEM cuda_sources ${host_sources})
   flashmoe_add_cuda(flashmoe_cuda "${CMAKE_CUDA_ARCHITECTURES}"
-    csrc/runtime/moe_cuda_sm80.cu csrc/runtime/moe_cuda_exact.cu csrc/runtime/moe_cuda_exact_backward.cu
+    csrc/runtime/moe_cuda_sm80_backward.cu csrc/runtime/moe_cuda_sm80.cu csrc/runtime/moe_cuda_exact_backward.cu
+    csrc/runtime/moe_cuda_exact.cu ${cuda_sources})
     ${cuda_sources})
   # These hold no kernels: one architecture is as good as all.
   list(GET CMAKE_CUDA_ARCHITECTURES 0 any)

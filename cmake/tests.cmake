@@ -29,7 +29,7 @@ foreach(source ${test_sources})
   if(name MATCHES "^test_ucx_")
     target_compile_definitions(${name} PRIVATE FLASHMOE_UCX_LIBRARY="${ucx_library}")
   endif()
-  if(name MATCHES "^test_simt_(ampere|engine_alone|hopper|trace|.*faults)$")
+  if(name MATCHES "^test_simt_(.*ampere|engine_alone|hopper|trace|.*faults)$")
     # Many kernels, each run for moments: -O3 would compile them for longer than it spares.
     target_compile_options(${name} PRIVATE -O1)
   endif()

@@ -8,13 +8,19 @@
 
 namespace flashmoe {
 
-// Of one row block, rows `stride` floats apart, in fp32.
-struct BackwardRows {
-  float* gate_up_grad;  // [up_rows] gradients of what the up product gives, gate first, before they are scaled by w
-  float* hidden;        // [intermediate_size] h
-  float* dot;           // [up tiles] parts of dy · o
+// Of one row block, rows `stride` floats apart, whatever the elements.
+template <class Element>
+struct BackwardRowsOf {
+  Element* gate_up_grad;  // [up_rows] gradients of what the up product gives, gate first
+  Element* hidden;        // [intermediate_size] h
+  float* dot;             // parts of dy · o, one for each up tile or, where elements are smaller, for each 32 columns
   ptrdiff_t stride;
 };
+
+// In fp32, before they are scaled by w.
+using BackwardRows = BackwardRowsOf<float>;
+// In 16 bits, scaled by w, so that nothing has to scale what tensor cores multiply. The parts of dy · o are not.
+using ScaledBackwardRows = BackwardRowsOf<uint16_t>;
 
 // Rows of a row block as they came, and what was made of them.
 struct GradientRows {

@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "engine/combine_gradients.h"
 #include "engine/combine_rows.h"
 #include "engine/exact_grad_tile.h"
 #include "engine/exact_slope.h"
@@ -149,14 +150,8 @@ class ExactBackwardEngine {
 
   template <class Group, class P>
   FLASHMOE_DEVICE static void combine(const Group& group, const Context<P>& c, const Work& work) {
-    const Call& call = c.call;
-    with_dtype(call.dtype, [&]<DType dtype>() { combine_rows<dtype>(group, c, work); });
-    const TokenRange tokens = combine_tokens(call, work.index);
-    for (int pair = tokens.begin * call.top_k + group.rank(); pair < tokens.end * call.top_k; pair += group.size()) {
-      const std::byte* row = returned_row(c, pair);
-      call.grad.topk_weights[pair] =
-          row ? gpu::load_coherent(reinterpret_cast<const float*>(row + weight_gradient_at(call))) : 0.0f;
-    }
+    with_dtype(c.call.dtype, [&]<DType dtype>() { combine_rows<dtype>(group, c, work); });
+    take_weight_gradients(group, c, work);
   }
 
  private:

@@ -28,11 +28,14 @@ FLASHMOE_DEVICE uint32_t round_to_tf32(uint32_t fp32) {
   return tf32;
 }
 
-FLASHMOE_DEVICE void ldmatrix_x4(uint32_t (&words)[4], const void* shared_row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-               : "r"(shared_address(shared_row))
-               : "memory");
-}
+#define FLASHMOE_LDMATRIX(kind)                                                            \
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4" kind ".shared.b16 {%0, %1, %2, %3}, [%4];" \
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])            \
+               : "r"(shared_address(shared_row))                                          \
+               : "memory")
+
+FLASHMOE_DEVICE void ldmatrix_x4(uint32_t (&words)[4], const void* shared_row) { FLASHMOE_LDMATRIX(""); }
+FLASHMOE_DEVICE void ldmatrix_x4_trans(uint32_t (&words)[4], const void* shared_row) { FLASHMOE_LDMATRIX(".trans"); }
+#undef FLASHMOE_LDMATRIX
 
 }  // namespace flashmoe::gpu

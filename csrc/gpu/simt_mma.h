@@ -49,14 +49,34 @@ FLASHMOE_DEVICE uint32_t round_to_tf32(uint32_t fp32) {
   return finite ? (fp32 + 0x1000) & ~0x1fffu : fp32;
 }
 
+namespace simt {
+
+// The addresses of the rows of four matrices, eight each.
+inline const std::vector<uint64_t>& ldmatrix_rows(const void* mine, const char* verb) {
+  const size_t offset = my_block().shared.offset(mine, 16, 16, verb);
+  my_block().shared.check_read(offset, 16, self().clock, false, verb);
+  return meet_warp(verb, reinterpret_cast<uint64_t>(mine));
+}
+
+}  // namespace simt
+
 FLASHMOE_DEVICE void ldmatrix_x4(uint32_t (&words)[4], const void* shared_row) {
-  using namespace simt;
-  const size_t offset = my_block().shared.offset(shared_row, 16, 16, "ldmatrix_x4");
-  my_block().shared.check_read(offset, 16, self().clock, false, "ldmatrix_x4");
-  const std::vector<uint64_t>& rows = meet_warp("ldmatrix_x4", reinterpret_cast<uint64_t>(shared_row));
+  const std::vector<uint64_t>& rows = simt::ldmatrix_rows(shared_row, "ldmatrix_x4");
   for (int i = 0; i < 4; ++i) {
-    const auto* row = reinterpret_cast<const std::byte*>(rows[size_t(i * 8 + my_lane() / 4)]);
-    std::memcpy(&words[i], row + my_lane() % 4 * 4, 4);
+    const auto* row = reinterpret_cast<const std::byte*>(rows[size_t(i * 8 + simt::my_lane() / 4)]);
+    std::memcpy(&words[i], row + simt::my_lane() % 4 * 4, 4);
+  }
+}
+
+FLASHMOE_DEVICE void ldmatrix_x4_trans(uint32_t (&words)[4], const void* shared_row) {
+  const std::vector<uint64_t>& rows = simt::ldmatrix_rows(shared_row, "ldmatrix_x4_trans");
+  for (int i = 0; i < 4; ++i) {
+    uint16_t pair[2];
+    for (int k = 0; k < 2; ++k) {
+      const auto* row = reinterpret_cast<const std::byte*>(rows[size_t(i * 8 + simt::my_lane() % 4 * 2 + k)]);
+      std::memcpy(&pair[k], row + simt::my_lane() / 4 * 2, 2);
+    }
+    words[i] = pair[0] | uint32_t{pair[1]} << 16;
   }
 }
 

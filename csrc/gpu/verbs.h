@@ -166,6 +166,9 @@ FLASHMOE_DEVICE void mma_sync(float (&acc)[4], const uint32_t (&a)[4], const uin
 // Four matrices of 8 rows of 16 bytes; lane l gives the address of row l % 8 of matrix l / 8, and gets in words[i] the
 // four bytes at lane % 4 · 4 in row lane / 4 of matrix i.
 FLASHMOE_DEVICE void ldmatrix_x4(uint32_t (&words)[4], const void* shared_row);
+// The same of matrices of 8 rows of eight 16-bit elements, each transposed: a lane gets in words[i] column lane / 4 of
+// matrix i, of it the elements in rows lane % 4 · 2, in the low half, and lane % 4 · 2 + 1.
+FLASHMOE_DEVICE void ldmatrix_x4_trans(uint32_t (&words)[4], const void* shared_row);
 
 // ---- Memory order. On uint32_t and uint64_t; at the scope of the GPU, or with _system of all GPUs and the host.
 template <class T>

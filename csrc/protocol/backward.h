@@ -10,7 +10,8 @@
 //   grad tile    weight gradients: Σ w · d(gate, up) x^T and Σ w · dy h^T over all rows of an expert, in the order of
 //                its canonical list
 //
-// So what a row block keeps is not scaled by w, and stays in `hidden` until the call ends.
+// So what a row block keeps is not scaled by w, and stays in `hidden` until the call ends. An engine whose rows are
+// scaled already (ScaledBackwardRows) returns rows that are, and its combine and grad tiles do not scale them again.
 #pragma once
 
 #include "engine/backward_engine.h"
@@ -18,12 +19,12 @@
 
 namespace flashmoe {
 
-// Of one row block, in `hidden`.
-template <class P>
-FLASHMOE_ROLE BackwardRows backward_rows(const Context<P>& c, uint32_t ring_slot) {
-  float* first = c.ws.hidden + size_t(ring_slot) * kBlockM * c.ws.hidden_stride;
-  float* hidden = first + c.call.up_rows();
-  return {first, hidden, hidden + c.call.intermediate_size, ptrdiff_t(c.ws.hidden_stride)};
+// Of one row block, in `hidden`. Where elements are smaller than floats, widths are such that the floats are aligned.
+template <class Element = float, class P>
+FLASHMOE_ROLE BackwardRowsOf<Element> backward_rows(const Context<P>& c, uint32_t ring_slot) {
+  float* block = c.ws.hidden + size_t(ring_slot) * kBlockM * c.ws.hidden_stride;
+  Element *first = reinterpret_cast<Element*>(block), *hidden = first + c.call.up_rows();
+  return {first, hidden, reinterpret_cast<float*>(hidden + c.call.intermediate_size), ptrdiff_t(c.ws.hidden_stride)};
 }
 
 // Where in a result row the gradient of its top-k weight lies.

@@ -65,10 +65,11 @@ FLASHMOE_HD inline size_t stage_bytes(const HeapLayout& layout, uint32_t ring_bl
   return packet_stage_bytes(layout) + size_t(ring_blocks) * kBlockM * layout.limits.max_wire_bytes;
 }
 
-// Floats of one row of `hidden` in a backward call: the gradients of gate and up, the activated hidden row, and parts of
-// its product with their gradient, one for each up tile, which is 16 columns wide or more.
+// Elements of one row of `hidden` in a backward call, of the engine's type: the gradients of gate and up, the activated
+// hidden row, and parts of its product with their gradient. These are floats, of 16 columns or more each where elements
+// are floats, and of 32 or more where elements are half as large.
 FLASHMOE_HD inline size_t backward_hidden_width(const Call& call) {
-  return size_t(call.up_rows()) + call.intermediate_size + ceil_div(call.intermediate_size, 16);
+  return size_t(call.up_rows()) + call.intermediate_size + 2 * ceil_div(call.intermediate_size, 32);
 }
 
 // What a backward call needs besides. Each expert's row blocks are a list, by sequence number.

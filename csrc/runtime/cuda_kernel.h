@@ -35,6 +35,7 @@ struct CudaKernel {
 CudaKernel exact_kernel();  // of any dtype
 CudaKernel exact_backward_kernel();
 CudaKernel sm80_kernel(DType dtype);  // fp32 as tf32; rows of a multiple of 16 bytes
+CudaKernel sm80_backward_kernel(DType dtype);  // of bfloat16 or float16, as the forward one
 
 // Tiles of 256 weight rows for many rows an expert; of 64 for few, where what counts is that every multiprocessor reads.
 enum class Sm90Tiles { kWide, kNarrow };

@@ -106,6 +106,32 @@ void warp_products() {
   });
 }
 
+// Fragments of operands that have K as their rows: of each row A takes the elements from 16 on, B the first eight.
+template <DType dtype>
+void transposed_products() {
+  on_seeds(10, 1, 64, 2 * 32 * 64, [] {
+    constexpr int kDepth = 32, kWidth = 32;
+    uint16_t *a_rows = reinterpret_cast<uint16_t*>(gpu::shared_memory()), *b_rows = a_rows + kDepth * kWidth;
+    for (int i = gpu::thread_in_block(); i < kDepth * kWidth; i += gpu::block_threads()) {
+      const int k = i / kWidth, at = i % kWidth;
+      a_rows[i] = uint16_t(encode<dtype>(at >= 16 ? left_value(at - 16, k) : 77.0f));
+      b_rows[i] = uint16_t(encode<dtype>(at < 8 ? right_value(at, k) : 99.0f));
+    }
+    gpu::sync_block();
+    const int l = gpu::lane();
+    float acc[4] = {1, 2, 3, 4};
+    uint32_t b[4];
+    gpu::ldmatrix_x4_trans(b, b_rows + l * kWidth);
+    for (int step = 0; step < 2; ++step) {
+      uint32_t a[4];
+      gpu::ldmatrix_x4_trans(a, a_rows + (16 * step + l / 16 * 8 + l % 8) * kWidth + 16 + l / 8 % 2 * 8);
+      gpu::mma_sync<dtype>(acc, a, {b[2 * step], b[2 * step + 1]});
+    }
+    for (int i = 0; i < 4; ++i)
+      expect(acc[i] == float(i + 1) + plain_sum(l / 4 + i / 2 * 8, l % 4 * 2 + i % 2, 0, kDepth));
+  });
+}
+
 // tf32 drops thirteen bits of an fp32; nothing is rounded.
 void tf32_cuts() {
   const float value = 1.0f + 0x1p-10f + 0x1.fp-11f;
@@ -212,6 +238,10 @@ void misuse_is_named() {
     uint32_t words[4];
     gpu::ldmatrix_x4(words, gpu::shared_memory() + gpu::lane() * 16);
   });
+  check_misuse("a transposing ldmatrix of an address that is not its row's", "aligned to 16", 1, 32, 1024, [] {
+    uint32_t words[4];
+    gpu::ldmatrix_x4_trans(words, gpu::shared_memory() + gpu::lane() * 16 + 2);
+  });
 }
 
 }  // namespace
@@ -223,6 +253,8 @@ int main() {
   run_test("WarpProductsBFloat16", warp_products<DType::kBFloat16>);
   run_test("WarpProductsFloat16", warp_products<DType::kFloat16>);
   run_test("WarpProductsTf32", warp_products<DType::kFloat32>);
+  run_test("TransposedProductsBFloat16", transposed_products<DType::kBFloat16>);
+  run_test("TransposedProductsFloat16", transposed_products<DType::kFloat16>);
   run_test("Tf32Cuts", tf32_cuts);
   run_test("Tf32Rounds", tf32_rounds);
   run_test("PairsOfBFloat16", [] { pairs<DType::kBFloat16>(0x7f80, 133); });

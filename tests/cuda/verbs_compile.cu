@@ -12,6 +12,7 @@ __device__ void warp_products(float* out) {
   uint32_t a[4];
   ldmatrix_x4(a, shared_memory() + lane() * 16);
   const uint32_t b[2] = {a[2], a[3]};
+  ldmatrix_x4_trans(a, shared_memory() + lane() * 16);
   float acc[4] = {};
   mma_sync<dtype>(acc, a, b);
   for (int i = 0; i < 4; ++i) out[i] += acc[i];
