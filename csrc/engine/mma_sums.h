@@ -63,6 +63,13 @@ struct MmaSums {
     }
   }
 
+  // The same of 32 columns of one row that are rounded already, in 16 bits: word w is the pair at 8w + 2q.
+  FLASHMOE_DEVICE static void store_pairs(gpu::Words4 words, std::byte* row, int cols) {
+    static_assert(dtype_bytes(dtype) == 2);
+    turn_pairs(words);
+    if (row && first_of_piece() < cols) *reinterpret_cast<gpu::Words4*>(row + 2 * first_of_piece()) = words;
+  }
+
  private:
   static_assert(kColumns % 32 == 0);
 
@@ -97,10 +104,13 @@ struct MmaSums {
       gpu::Words4 words;
       FLASHMOE_UNROLL
       for (int w = 0; w < 4; ++w) words.word[w] = gpu::pack_pair<dtype>(sums[first + 4 * w], sums[first + 4 * w + 1]);
-      turn_around<1>(words.word[0], words.word[1]), turn_around<1>(words.word[2], words.word[3]);
-      turn_around<2>(words.word[0], words.word[2]), turn_around<2>(words.word[1], words.word[3]);
+      turn_pairs(words);
       return words;
     }
+  }
+  FLASHMOE_DEVICE static void turn_pairs(gpu::Words4& words) {
+    turn_around<1>(words.word[0], words.word[1]), turn_around<1>(words.word[2], words.word[3]);
+    turn_around<2>(words.word[0], words.word[2]), turn_around<2>(words.word[1], words.word[3]);
   }
 
   // One step of transposing a matrix that has a column in each lane: the lane whose bit of kMask is 0 keeps `low`.

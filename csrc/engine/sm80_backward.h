@@ -65,7 +65,7 @@ class Sm80BackwardEngine {
   FLASHMOE_DEVICE static void down_tile(const Group& group, const Context<P>& c, const TileShape& tiles, const Work& work,
                                         Shared& shared) {
     const DownTile t = flashmoe::down_tile(c, tiles, work);
-    const typename Parts::Rows made = Parts::rows_of(c, work);
+    const typename Parts::Rows made = Parts::rows_of(c, work.index);
     for (int r = group.rank(); r < t.num_rows; r += group.size()) {
       std::byte* result = result_row(c, uint32_t(work.index), uint32_t(r));
       shared.left[r] = Parts::row_at(made, made.gate_up_grad, r);

@@ -52,11 +52,15 @@ struct Sm80BackwardParts {
   }
 
   template <class P>
-  FLASHMOE_DEVICE static Rows rows_of(const Context<P>& c, const Work& work) {
-    return backward_rows<uint16_t>(c, uint32_t(work.index));
+  FLASHMOE_DEVICE static Rows rows_of(const Context<P>& c, int ring_slot) {
+    return backward_rows<uint16_t>(c, uint32_t(ring_slot));
   }
   FLASHMOE_DEVICE static std::byte* row_at(const Rows& rows, uint16_t* first, int row) {
     return reinterpret_cast<std::byte*>(first) + row * rows.stride * ptrdiff_t(sizeof(float));
+  }
+  template <class P>
+  FLASHMOE_DEVICE static RowOrigin* origin_of(const Context<P>& c, const Rows& rows, int row) {
+    return reinterpret_cast<RowOrigin*>(rows.dot + row * rows.stride + floats_of_dots(c.call));
   }
 
   // The warp's sums over all of K, of operands that lie as Left and Right say.

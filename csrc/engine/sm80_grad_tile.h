@@ -8,37 +8,58 @@
 namespace flashmoe {
 
 // The rows of an expert's row blocks, one block at a time: where both factors lie, and by how much a bias' gradient
-// scales the left one. Two blocks are in shared memory: while one is copied, the next is looked up.
+// scales the left one. Two blocks are in shared memory. Of one more each thread has a row on its way from memory.
 template <class Parts, class P>
 class Sm80GradRows {
  public:
   FLASHMOE_DEVICE Sm80GradRows(const Context<P>& c, uint32_t expert, bool down)
-      : c_(c), down_(down), left_(ceil_div<uint32_t>(rows_of_expert(c, expert), kBlockM)),
-        ring_slot_(left_ > 0 ? c.backward_tables().first_block[expert] : 0) {}
+      : c_(c), down_(down), num_rows_(int(rows_of_expert(c, expert))),
+        ring_slot_(num_rows_ > 0 ? c.backward_tables().first_block[expert] : 0) {}
 
-  // The next block of the list, which is the expert's number `block`. Rows that it lacks are its last once more, without
-  // a weight: they are copied as zeros.
+  FLASHMOE_DEVICE int num_rows() const { return num_rows_; }
+
+  // Begins with the expert's block number `block`. Rows that it lacks are its last once more, without a weight: they are
+  // copied as zeros.
   template <class Group>
-  FLASHMOE_DEVICE void gather_next(const Group& group, int block, typename Parts::Shared& shared) {
-    if (left_ == 0) return;
-    const int at = block % 2 * kBlockM, num_rows = int(c_.ws.ring[ring_slot_].num_rows);
-    const typename Parts::Rows made = backward_rows<uint16_t>(c_, ring_slot_);
-    for (int r = group.rank(); r < kBlockM; r += group.size()) {
-      const int row = r < num_rows ? r : num_rows - 1;
-      for_each_gradient_row(c_, ring_slot_, uint32_t(row), 1,
-                            [&](uint32_t, const std::byte* x, const std::byte* dy, float weight) {
-                              shared.left[at + r] = down_ ? dy : Parts::row_at(made, made.gate_up_grad, row);
-                              shared.right[at + r] = down_ ? Parts::row_at(made, made.hidden, row) : x;
-                              shared.weight[at + r] = r >= num_rows ? 0.0f : down_ ? weight : 1.0f;
-                            });
+  FLASHMOE_DEVICE void look_up(const Group& group, int block) {
+    static_assert(Parts::kThreads >= kBlockM, "a row for each thread");
+    const int left = num_rows_ - block * kBlockM;
+    if (left <= 0 || group.rank() >= kBlockM) return;
+    const typename Parts::Rows made = Parts::rows_of(c_, int(ring_slot_));
+    const RowOrigin* origin = Parts::origin_of(c_, made, row_of(group, left));
+    other_ = gpu::load_coherent(reinterpret_cast<const uint64_t*>(down_ ? &origin->dy : &origin->x));
+    weight_ = group.rank() >= left ? 0 : down_ ? gpu::load_coherent(reinterpret_cast<const uint32_t*>(&origin->weight)) : kOne;
+  }
+
+  // Puts it into shared memory, and goes on to the one that follows it.
+  template <class Group>
+  FLASHMOE_DEVICE void put(const Group& group, int block, typename Parts::Shared& shared) {
+    const int left = num_rows_ - block * kBlockM;
+    if (left <= 0) return;
+    if (const int at = block % 2 * kBlockM + group.rank(); group.rank() < kBlockM) {
+      const typename Parts::Rows made = Parts::rows_of(c_, int(ring_slot_));
+      const std::byte* hidden = Parts::row_at(made, down_ ? made.hidden : made.gate_up_grad, row_of(group, left));
+      const std::byte* other = reinterpret_cast<const std::byte*>(other_);
+      shared.left[at] = down_ ? other : hidden;
+      shared.right[at] = down_ ? hidden : other;
+      memcpy(&shared.weight[at], &weight_, 4);
     }
-    if (--left_ > 0) ring_slot_ = c_.backward_tables().following[ring_slot_];
+    if (left > kBlockM) ring_slot_ = c_.backward_tables().following[ring_slot_];
   }
 
  private:
+  static constexpr uint32_t kOne = 0x3f800000;  // 1.0f
+
+  template <class Group>
+  FLASHMOE_DEVICE static int row_of(const Group& group, int left) {
+    return group.rank() < left ? group.rank() : left - 1;
+  }
+
   const Context<P>& c_;
   const bool down_;
-  uint32_t left_, ring_slot_;
+  const int num_rows_;
+  uint32_t ring_slot_, weight_ = 0;
+  uint64_t other_ = 0;
 };
 
 template <class Parts>
@@ -59,9 +80,11 @@ class Sm80GradTile {
     const int num_rows = t.row_end - t.row_begin, cols = t.col_end - t.col_begin;
     std::byte* biases = t.down ? call.grad.down_bias : call.grad.gate_up_bias;
     if (t.col_begin != 0) biases = nullptr;
-    const int K = int(rows_of_expert(c, uint32_t(work.index)));
     Sm80GradRows<Parts, P> rows(c, uint32_t(work.index), t.down);
-    rows.gather_next(group, 0, shared);
+    const int K = rows.num_rows();
+    rows.look_up(group, 0);
+    rows.put(group, 0, shared);
+    rows.look_up(group, 1);
     group.sync();
 
     // A block is kStepsOfBlock steps long, and its first is copied no more than as many steps ahead.
@@ -74,7 +97,10 @@ class Sm80GradTile {
         ScatteredCopies<Stage, Parts::kThreads, true>(group.rank(), shared.left, 2 * size_t(t.row_begin), K, num_rows),
         ScatteredCopies<Stage, Parts::kThreads, false>(group.rank(), shared.right, 2 * size_t(t.col_begin), K, cols),
         num_rows, K, sums, [&](int step, const Stage& stage) {
-          if (step % kStepsOfBlock == 0) rows.gather_next(group, step / kStepsOfBlock + 1, shared);
+          if (step % kStepsOfBlock == 0) {
+            rows.put(group, step / kStepsOfBlock + 1, shared);
+            rows.look_up(group, step / kStepsOfBlock + 2);
+          }
           if (biases) add_to_bias(group, stage, shared.weight, step, bias);
         });
 

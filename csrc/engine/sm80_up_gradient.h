@@ -26,16 +26,19 @@ class Sm80UpGradient {
   FLASHMOE_DEVICE static void compute(const Group& group, const Context<P>& c, const TileShape& tiles, const Work& work,
                                       Shared& shared) {
     const int num_rows = flashmoe::up_tile(c, tiles, work).num_rows;
+    const typename Parts::Rows made = Parts::rows_of(c, work.index);
     for (int r = group.rank(); r < num_rows; r += group.size())
       for_each_gradient_row(c, uint32_t(work.index), uint32_t(r), 1,
                             [&](uint32_t, const std::byte* x, const std::byte* dy, float weight) {
                               shared.left[r] = x, shared.right[r] = dy, shared.weight[r] = weight;
+                              if (work.part == 0) *Parts::origin_of(c, made, r) = {x, dy, weight};
                             });
     group.sync();
     add_bias_of_down(group, c, tiles, work, shared);
-    WarpSums gate_up, of_hidden;
-    c.call.gated ? multiply_and_finish<true>(group, c, tiles, work, shared, gate_up, of_hidden)
-                 : multiply_and_finish<false>(group, c, tiles, work, shared, gate_up, of_hidden);
+    multiply_of_hidden(group, c, tiles, work, shared);
+    group.sync();  // all are done with the stages
+    c.call.gated ? multiply_gate_up<true>(group, c, tiles, work, shared)
+                 : multiply_gate_up<false>(group, c, tiles, work, shared);
   }
 
  private:
@@ -72,111 +75,152 @@ class Sm80UpGradient {
     }
   }
 
-  template <bool kGated, class Group, class P>
-  FLASHMOE_DEVICE static void multiply_and_finish(const Group& group, const Context<P>& c, const TileShape& tiles,
-                                                  const Work& work, Shared& shared, WarpSums& gate_up,
-                                                  WarpSums& of_hidden) {
-    multiply_gate_up<kGated>(group, c, tiles, work, shared, gate_up);
-    group.sync();  // all are done with the stages
-    multiply_of_hidden(group, c, tiles, work, shared, of_hidden);
-    finish<kGated>(group, c, tiles, work, shared, gate_up, of_hidden);
-  }
-
-  // The tiles are not kept in registers beyond these: all there are, are the sums' and the operands'.
-  template <bool kGated, class Group, class P>
-  FLASHMOE_DEVICE static void multiply_gate_up(const Group& group, const Context<P>& c, const TileShape& tiles,
-                                               const Work& work, Shared& shared, WarpSums& sums) {
-    const Tile tile = Tile::up(c, tiles, work, c.call.gate_up_proj);
-    const int row_bytes = int(c.call.row_bytes());
-    Parts::template multiply<AlongK, AlongK, kGated ? 2 : 1>(
-        group, shared, Sm80RowCopies<Stage, Parts::kThreads>(group.rank(), tile.num_rows, row_bytes, shared.left),
-        Sm80WeightCopies<Stage, Parts::kThreads>(group.rank(), tile, row_bytes), tile.num_rows, tile.depth, sums);
-  }
-
-  // dy · down: columns of down as they lie, in the tile's first half.
+  // dy · down: columns of down as they lie, in the tile's first half. There are no registers for these sums beside those
+  // of gate and up.
   template <class Group, class P>
   FLASHMOE_DEVICE static void multiply_of_hidden(const Group& group, const Context<P>& c, const TileShape& tiles,
-                                                 const Work& work, Shared& shared, WarpSums& sums) {
+                                                 const Work& work, Shared& shared) {
     const UpTile t = flashmoe::up_tile(c, tiles, work);
     const std::byte* down = flashmoe::down_tile(c, tiles, work).down + 2 * t.begin;
+    WarpSums sums;
     Parts::template multiply<AlongK, AcrossK, 1>(
         group, shared,
         Sm80RowCopies<Stage, Parts::kThreads>(group.rank(), t.num_rows, int(c.call.row_bytes()), shared.right),
         MatrixCopies<Stage, Parts::kThreads>(group.rank(), down, 2 * size_t(c.call.intermediate_size),
                                              c.call.hidden_size, t.end - t.begin),
         t.num_rows, c.call.hidden_size, sums);
-  }
-
-  template <bool kGated, class Group, class P>
-  FLASHMOE_DEVICE static void finish(const Group& group, const Context<P>& c, const TileShape& tiles, const Work& work,
-                                     const Shared& shared, WarpSums& gate_up, WarpSums& of_hidden) {
-    const UpTile t = flashmoe::up_tile(c, tiles, work);
-    const typename Parts::Rows made = Parts::rows_of(c, work);
-    const bool has_down_bias = c.call.down_bias && Parts::first_column_of(group) == 0;
-    const int begin = t.begin + Parts::first_column_of(group), cols = t.end - begin, I = c.call.intermediate_size;
-    if (cols <= 0) return;
-    Parts::for_each_16_rows(group, t.num_rows, [&](int i, int row0, int row1) {
-      const int row[2] = {row0, row1};
-      std::byte *grad[2], *up_grad[2], *hidden[2];
-      float weight[2], dot[2] = {};
+    const Place place(group, c, tiles, work);
+    place.for_each_row(group, [&](int i, int r, int row) {
+      if (row >= place.num_rows) return;
       FLASHMOE_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        const bool has = row[r] < t.num_rows;
-        grad[r] = has ? Parts::row_at(made, made.gate_up_grad + begin, row[r]) : nullptr;
-        up_grad[r] = has ? grad[r] + 2 * I : nullptr;
-        hidden[r] = has ? Parts::row_at(made, made.hidden + begin, row[r]) : nullptr;
-        weight[r] = has ? shared.weight[row[r]] : 0.0f;
-      }
-      if (t.bias) {
-        Sums::template add_bias<0>(gate_up[i], t.bias, begin, cols);
-        if constexpr (kGated) Sums::template add_bias<1>(gate_up[i], t.bias, I + begin, cols);
-      }
-      differentiate<kGated>(c.call.activation, gate_up[i], of_hidden[i], weight, cols, dot);
-      Sums::template store<0>(gate_up[i], grad, cols);
-      if constexpr (kGated) Sums::template store<1>(gate_up[i], up_grad, cols);
-      Sums::template store<0>(of_hidden[i], hidden, cols);
-      FLASHMOE_UNROLL
-      for (int r = 0; r < 2; ++r) {  // the four lanes of a row
-        FLASHMOE_UNROLL
-        for (int mask = 1; mask < 4; mask *= 2) dot[r] += gpu::shuffle_xor(dot[r], mask);
-        if (row[r] < t.num_rows && gpu::lane() % 4 == 0)
-          made.dot[row[r] * made.stride + begin / Parts::kWarpHalf] =
-              has_down_bias ? dot[r] + shared.of_bias[row[r]] : dot[r];
-      }
+      for (int w = 0; w < 4; ++w)
+        if (8 * w < place.cols) *place.parked(row, w) = {sums[i][4 * w + 2 * r], sums[i][4 * w + 2 * r + 1]};
     });
   }
 
-  // The choice is made once, outside of the loop over registers.
+  template <bool kGated, class Group, class P>
+  FLASHMOE_DEVICE static void multiply_gate_up(const Group& group, const Context<P>& c, const TileShape& tiles,
+                                               const Work& work, Shared& shared) {
+    const Tile tile = Tile::up(c, tiles, work, c.call.gate_up_proj);
+    const int row_bytes = int(c.call.row_bytes());
+    WarpSums sums;
+    Parts::template multiply<AlongK, AlongK, kGated ? 2 : 1>(
+        group, shared, Sm80RowCopies<Stage, Parts::kThreads>(group.rank(), tile.num_rows, row_bytes, shared.left),
+        Sm80WeightCopies<Stage, Parts::kThreads>(group.rank(), tile, row_bytes), tile.num_rows, tile.depth, sums);
+    finish<kGated>(group, c, tiles, work, shared, sums);
+  }
+
+  // Where the warp's part of the tile goes, in rows that a thread shares with three others.
+  struct Place {
+    typename Parts::Rows made;
+    int num_rows, begin, cols, inner;
+
+    template <class Group, class P>
+    FLASHMOE_DEVICE Place(const Group& group, const Context<P>& c, const TileShape& tiles, const Work& work)
+        : made(Parts::rows_of(c, work.index)), inner(c.call.intermediate_size) {
+      const UpTile t = flashmoe::up_tile(c, tiles, work);
+      num_rows = t.num_rows, begin = t.begin + Parts::first_column_of(group), cols = t.end - begin;
+    }
+
+    // f(i, r, row): the thread's row number r of the warp's 16 rows number i.
+    template <class Group, class F>
+    FLASHMOE_DEVICE void for_each_row(const Group& group, const F& f) const {
+      Parts::for_each_16_rows(group, num_rows, [&](int i, int row0, int row1) { f(i, 0, row0), f(i, 1, row1); });
+    }
+
+    FLASHMOE_DEVICE std::byte* gate_grad(int row) const { return Parts::row_at(made, made.gate_up_grad + begin, row); }
+    FLASHMOE_DEVICE std::byte* up_grad(int row) const { return gate_grad(row) + 2 * inner; }
+    FLASHMOE_DEVICE std::byte* hidden(int row) const { return Parts::row_at(made, made.hidden + begin, row); }
+    // Until they are overwritten by what they are for, gate_grad and hidden together have room for the row's gradient of
+    // h in fp32: for eight columns 16 bytes in each. This is the thread's pair of the eight columns number w.
+    FLASHMOE_DEVICE gpu::FloatPair* parked(int row, int w) const {
+      std::byte* half = gpu::lane() % 4 < 2 ? gate_grad(row) : hidden(row);
+      return reinterpret_cast<gpu::FloatPair*>(half + 16 * w + gpu::lane() % 2 * 8);
+    }
+  };
+
+  template <bool kGated, class Group, class P>
+  FLASHMOE_DEVICE static void finish(const Group& group, const Context<P>& c, const TileShape& tiles, const Work& work,
+                                     const Shared& shared, WarpSums& sums) {
+    const Place place(group, c, tiles, work);
+    if (place.cols <= 0) return;
+    if (const std::byte* bias = flashmoe::up_tile(c, tiles, work).bias) {
+      FLASHMOE_UNROLL
+      for (int i = 0; i < Parts::kWarpRows / 16; ++i) {
+        Sums::template add_bias<0>(sums[i], bias, place.begin, place.cols);
+        if constexpr (kGated) Sums::template add_bias<1>(sums[i], bias, place.inner + place.begin, place.cols);
+      }
+    }
+    const bool has_of_bias = c.call.down_bias && Parts::first_column_of(group) == 0;
+    place.for_each_row(group, [&](int i, int r, int row) {
+      const bool has = row < place.num_rows;
+      const float weight = has ? shared.weight[row] : 0.0f;
+      gpu::FloatPair of_hidden[4] = {};
+      FLASHMOE_UNROLL
+      for (int w = 0; w < 4; ++w)
+        if (has && 8 * w < place.cols) of_hidden[w] = load_pair(place.parked(row, w));
+      RowGradients made;
+      float dot = differentiate<kGated>(c.call.activation, sums[i], r, of_hidden, weight, place.cols, made);
+      Sums::store_pairs(made.gate, has ? place.gate_grad(row) : nullptr, place.cols);
+      if constexpr (kGated) Sums::store_pairs(made.up, has ? place.up_grad(row) : nullptr, place.cols);
+      Sums::store_pairs(made.hidden, has ? place.hidden(row) : nullptr, place.cols);
+      FLASHMOE_UNROLL
+      for (int mask = 1; mask < 4; mask *= 2) dot += gpu::shuffle_xor(dot, mask);  // the four lanes of a row
+      if (has && gpu::lane() % 4 == 0)
+        place.made.dot[row * place.made.stride + place.begin / Parts::kWarpHalf] =
+            has_of_bias ? dot + shared.of_bias[row] : dot;
+    });
+  }
+
+  FLASHMOE_DEVICE static gpu::FloatPair load_pair(const gpu::FloatPair* from) {
+    const uint64_t bits = gpu::load_coherent(reinterpret_cast<const uint64_t*>(from));
+    gpu::FloatPair pair;
+    memcpy(&pair, &bits, 8);
+    return pair;
+  }
+
+  // Of the 32 columns of a row, the thread's pairs.
+  struct RowGradients {
+    gpu::Words4 gate, up, hidden;
+  };
+
+  // The choice is made once for a row, outside of the loop over registers. Returns the sum of g · h.
   template <bool kGated>
-  FLASHMOE_DEVICE static void differentiate(Activation activation, RowSums& gate_up, RowSums& of_hidden,
-                                            const float (&weight)[2], int cols, float (&dot)[2]) {
+  FLASHMOE_DEVICE static float differentiate(Activation activation, const RowSums& sums, int r,
+                                             const gpu::FloatPair (&of_hidden)[4], float weight, int cols,
+                                             RowGradients& made) {
     switch (activation) {
-      case Activation::kSilu: return by<kGated, Activation::kSilu>(gate_up, of_hidden, weight, cols, dot);
-      case Activation::kGelu: return by<kGated, Activation::kGelu>(gate_up, of_hidden, weight, cols, dot);
-      case Activation::kGeluTanh: return by<kGated, Activation::kGeluTanh>(gate_up, of_hidden, weight, cols, dot);
-      case Activation::kRelu: return by<kGated, Activation::kRelu>(gate_up, of_hidden, weight, cols, dot);
+      case Activation::kSilu: return by<kGated, Activation::kSilu>(sums, r, of_hidden, weight, cols, made);
+      case Activation::kGelu: return by<kGated, Activation::kGelu>(sums, r, of_hidden, weight, cols, made);
+      case Activation::kGeluTanh: return by<kGated, Activation::kGeluTanh>(sums, r, of_hidden, weight, cols, made);
+      default: return by<kGated, Activation::kRelu>(sums, r, of_hidden, weight, cols, made);
     }
   }
 
-  // Gate and up become their gradients and the gradient of h becomes h, all of them times w. To dot its sum with h is
-  // added: of the first `cols` columns, beyond which the sums are of no weights.
   template <bool kGated, Activation activation>
-  FLASHMOE_DEVICE static void by(RowSums& gate_up, RowSums& of_hidden, const float (&weight)[2], int cols,
-                                 float (&dot)[2]) {
+  FLASHMOE_DEVICE static float by(const RowSums& sums, int r, const gpu::FloatPair (&of_hidden)[4], float weight,
+                                  int cols, RowGradients& made) {
+    float dot = 0;
     FLASHMOE_UNROLL
-    for (int i = 0; i < Sums::kSums; ++i) {
-      const float w = weight[i / 2 % 2], g = of_hidden[i];
-      auto [h, slope] = fast_differential<activation>(gate_up[i]);
-      if constexpr (kGated) {
-        float& up = gate_up[Sums::kSums + i];
-        const float act = h;
-        h *= up, slope *= up;
-        up = w * (g * act);
+    for (int w = 0; w < 4; ++w) {
+      float gate[2], up[2], hidden[2];
+      FLASHMOE_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const int at = 4 * w + 2 * r + i;
+        const float g = i ? of_hidden[w].second : of_hidden[w].first;
+        auto [h, slope] = fast_differential<activation>(sums[at]);
+        if constexpr (kGated) {
+          up[i] = weight * (g * h);
+          h *= sums[Sums::kSums + at], slope *= sums[Sums::kSums + at];
+        }
+        gate[i] = weight * (g * slope), hidden[i] = weight * h;
+        if (8 * w < cols) dot = fmaf(g, h, dot);  // beyond, the sums are of no weights
       }
-      gate_up[i] = w * (g * slope);
-      of_hidden[i] = w * h;
-      if (i / 4 * 8 < cols) dot[i / 2 % 2] = fmaf(g, h, dot[i / 2 % 2]);
+      made.gate.word[w] = gpu::pack_pair<dtype>(gate[0], gate[1]);
+      if constexpr (kGated) made.up.word[w] = gpu::pack_pair<dtype>(up[0], up[1]);
+      made.hidden.word[w] = gpu::pack_pair<dtype>(hidden[0], hidden[1]);
     }
+    return dot;
   }
 };
 

@@ -65,11 +65,20 @@ FLASHMOE_HD inline size_t stage_bytes(const HeapLayout& layout, uint32_t ring_bl
   return packet_stage_bytes(layout) + size_t(ring_blocks) * kBlockM * layout.limits.max_wire_bytes;
 }
 
+// Where a row of a backward call came from: what an engine may keep, so that it need not be looked up again.
+struct RowOrigin {
+  const std::byte *x, *dy;
+  float weight;
+};
+
 // Elements of one row of `hidden` in a backward call, of the engine's type: the gradients of gate and up, the activated
 // hidden row, and parts of its product with their gradient. These are floats, of 16 columns or more each where elements
-// are floats, and of 32 or more where elements are half as large.
+// are floats. Where elements are half as large, of 32 or more; and there is room behind them for the row's origin.
+FLASHMOE_HD inline size_t floats_of_dots(const Call& call) {
+  return round_up(ceil_div(call.intermediate_size, 32), 16 / sizeof(float));
+}
 FLASHMOE_HD inline size_t backward_hidden_width(const Call& call) {
-  return size_t(call.up_rows()) + call.intermediate_size + 2 * ceil_div(call.intermediate_size, 32);
+  return size_t(call.up_rows()) + call.intermediate_size + 2 * floats_of_dots(call) + sizeof(RowOrigin) / 2;
 }
 
 // What a backward call needs besides. Each expert's row blocks are a list, by sequence number.
