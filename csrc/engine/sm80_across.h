@@ -73,7 +73,7 @@ template <class Stage, int kThreads>
 class MatrixCopies : AcrossCopies<Stage, kThreads, false> {
  public:
   // `first`: where the tile's columns begin in row 0.
-  FLASHMOE_DEVICE MatrixCopies(int thread, const std::byte* first, size_t row_bytes, int depth, int cols)
+  FLASHMOE_DEVICE MatrixCopies(int thread, const std::byte* first, uint32_t row_bytes, int depth, int cols)
       : AcrossCopies<Stage, kThreads, false>(thread, depth, cols), first_(first), row_bytes_(row_bytes) {}
 
   FLASHMOE_DEVICE void issue(Stage& stage, int step) const {
@@ -82,7 +82,7 @@ class MatrixCopies : AcrossCopies<Stage, kThreads, false> {
 
  private:
   const std::byte* const first_;
-  const size_t row_bytes_;
+  const uint32_t row_bytes_;
 };
 
 // Of rows that lie anywhere. `rows` says where for two row blocks at a time: the one that is being copied, and its
@@ -91,7 +91,7 @@ template <class Stage, int kThreads, bool kLeft>
 class ScatteredCopies : AcrossCopies<Stage, kThreads, kLeft> {
  public:
   // `byte`: where the tile's columns begin in each.
-  FLASHMOE_DEVICE ScatteredCopies(int thread, const std::byte* const* rows, size_t byte, int depth, int cols)
+  FLASHMOE_DEVICE ScatteredCopies(int thread, const std::byte* const* rows, uint32_t byte, int depth, int cols)
       : AcrossCopies<Stage, kThreads, kLeft>(thread, depth, cols), rows_(rows), byte_(byte) {}
 
   FLASHMOE_DEVICE void issue(Stage& stage, int step) const {
@@ -100,7 +100,7 @@ class ScatteredCopies : AcrossCopies<Stage, kThreads, kLeft> {
 
  private:
   const std::byte* const* const rows_;
-  const size_t byte_;
+  const uint32_t byte_;
 };
 
 }  // namespace flashmoe

@@ -73,46 +73,66 @@ class Sm80GradTile {
   // Once all row blocks of the expert have gone through their up tiles.
   template <class Group, class P>
   FLASHMOE_DEVICE static void compute(const Group& group, const Context<P>& c, const Work& work, Shared& shared) {
-    const Call& call = c.call;
-    const GradTiles tiles(call, kRows, kCols);
-    if (tiles.count() == 0) return;
-    const GradTile t = tiles.at(uint32_t(work.part));
+    if (GradTiles(c.call, kRows, kCols).count() == 0) return;
+    typename Parts::WarpSums sums;
+    float bias[2] = {};
+    multiply(group, c, work, shared, sums, bias);
+    store(group, c, work, shared, sums, bias);
+  }
+
+ private:
+  static constexpr int kStepsOfBlock = kBlockM / Parts::kStepDepth;
+  // Only then is a block in shared memory before its first step is copied.
+  static_assert(Parts::Pipeline::kAhead <= kStepsOfBlock);
+
+  FLASHMOE_DEVICE static flashmoe::GradTile tile_of(const Call& call, const Work& work) {
+    return GradTiles(call, kRows, kCols).at(uint32_t(work.part));
+  }
+  // Of the tile's matrix, if it is asked for and the tile is of the first columns.
+  FLASHMOE_DEVICE static std::byte* biases_of(const Call& call, const flashmoe::GradTile& t) {
+    return t.col_begin != 0 ? nullptr : t.down ? call.grad.down_bias : call.grad.gate_up_bias;
+  }
+
+  // The tile is not kept in registers beyond this.
+  template <class Group, class P>
+  FLASHMOE_DEVICE static void multiply(const Group& group, const Context<P>& c, const Work& work, Shared& shared,
+                                       typename Parts::WarpSums& sums, float (&bias)[2]) {
+    const flashmoe::GradTile t = tile_of(c.call, work);
     const int num_rows = t.row_end - t.row_begin, cols = t.col_end - t.col_begin;
-    std::byte* biases = t.down ? call.grad.down_bias : call.grad.gate_up_bias;
-    if (t.col_begin != 0) biases = nullptr;
+    const bool sums_bias = biases_of(c.call, t);
     Sm80GradRows<Parts, P> rows(c, uint32_t(work.index), t.down);
-    const int K = rows.num_rows();
     rows.look_up(group, 0);
     rows.put(group, 0, shared);
     rows.look_up(group, 1);
     group.sync();
-
-    // A block is kStepsOfBlock steps long, and its first is copied no more than as many steps ahead.
-    constexpr int kStepsOfBlock = kBlockM / Parts::kStepDepth;
-    static_assert(Parts::Pipeline::kAhead <= kStepsOfBlock);
-    typename Parts::WarpSums sums;
-    float bias[2] = {};
+    const int K = rows.num_rows();
     Parts::template multiply<AcrossK, AcrossK>(
         group, shared,
-        ScatteredCopies<Stage, Parts::kThreads, true>(group.rank(), shared.left, 2 * size_t(t.row_begin), K, num_rows),
-        ScatteredCopies<Stage, Parts::kThreads, false>(group.rank(), shared.right, 2 * size_t(t.col_begin), K, cols),
-        num_rows, K, sums, [&](int step, const Stage& stage) {
+        ScatteredCopies<Stage, Parts::kThreads, true>(group.rank(), shared.left, 2 * t.row_begin, K, num_rows),
+        ScatteredCopies<Stage, Parts::kThreads, false>(group.rank(), shared.right, 2 * t.col_begin, K, cols), num_rows,
+        K, sums, [&](int step, const Stage& stage) {
           if (step % kStepsOfBlock == 0) {
             rows.put(group, step / kStepsOfBlock + 1, shared);
             rows.look_up(group, step / kStepsOfBlock + 2);
           }
-          if (biases) add_to_bias(group, stage, shared.weight, step, bias);
+          if (sums_bias) add_to_bias(group, stage, shared.weight, step, bias);
         });
+  }
 
+  template <class Group, class P>
+  FLASHMOE_DEVICE static void store(const Group& group, const Context<P>& c, const Work& work, Shared& shared,
+                                    const typename Parts::WarpSums& sums, const float (&bias)[2]) {
+    const Call& call = c.call;
+    const flashmoe::GradTile t = tile_of(call, work);
+    const int num_rows = t.row_end - t.row_begin;
     const size_t rows_of_matrix = t.down ? call.hidden_size : call.up_rows();
     const size_t first_row = work.index * rows_of_matrix + t.row_begin;
     const size_t width = 2 * size_t(t.down ? call.intermediate_size : call.hidden_size);
     std::byte* first = (t.down ? call.grad.down_proj : call.grad.gate_up_proj) + first_row * width + 2 * t.col_begin;
-    Parts::store(group, sums, num_rows, cols, [&](int m) { return first + m * width; });
-    if (biases) store_bias(group, bias, num_rows, shared, biases + 2 * first_row);
+    Parts::store(group, sums, num_rows, t.col_end - t.col_begin, [&](int m) { return first + m * width; });
+    if (std::byte* biases = biases_of(call, t)) store_bias(group, bias, num_rows, shared, biases + 2 * first_row);
   }
 
- private:
   // A bias' gradient is the sum of the left factor's rows, scaled. A thread has two of its columns, and one of so many
   // rows.
   static constexpr int kRowsApart = Parts::kThreads / (kRows / 2);

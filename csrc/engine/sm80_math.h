@@ -91,6 +91,11 @@ FLASHMOE_DEVICE void sm80_products_of(const Group& group, Stage* stages, const C
   FLASHMOE_ROLLED
   for (int step = 0; step < Pipeline::kAhead; ++step) fill(step);
   Pipeline::wait_full(group);
+  constexpr int kTimes = Operands::kTimes, kQuarters = Operands::kQuarters;
+  // Also where there are no rows: sums that on some way are never written would hold their registers from one tile to
+  // the next.
+  FLASHMOE_UNROLL
+  for (int i = 0; i < kTimes * 32; ++i) sums[i / 32][i % 32] = 0.0f;
   if (!has_rows) {
     FLASHMOE_ROLLED
     for (int step = 0; step < steps; ++step) {
@@ -100,9 +105,6 @@ FLASHMOE_DEVICE void sm80_products_of(const Group& group, Stage* stages, const C
     }
     return;
   }
-  constexpr int kTimes = Operands::kTimes, kQuarters = Operands::kQuarters;
-  FLASHMOE_UNROLL
-  for (int i = 0; i < kTimes * 32; ++i) sums[i / 32][i % 32] = 0.0f;
   operands.load_rows(stages[0], 0, 0);
   FLASHMOE_UNROLL
   for (int quarter = 0; quarter < kQuarters; ++quarter) operands.load_weights(stages[0], 0, quarter);

@@ -86,7 +86,7 @@ class Sm80UpGradient {
     Parts::template multiply<AlongK, AcrossK, 1>(
         group, shared,
         Sm80RowCopies<Stage, Parts::kThreads>(group.rank(), t.num_rows, int(c.call.row_bytes()), shared.right),
-        MatrixCopies<Stage, Parts::kThreads>(group.rank(), down, 2 * size_t(c.call.intermediate_size),
+        MatrixCopies<Stage, Parts::kThreads>(group.rank(), down, 2 * c.call.intermediate_size,
                                              c.call.hidden_size, t.end - t.begin),
         t.num_rows, c.call.hidden_size, sums);
     const Place place(group, c, tiles, work);

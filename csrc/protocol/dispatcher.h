@@ -39,7 +39,7 @@ class Dispatcher {
     }
     if (const Chunk chunk = chunk_of(work); chunk.num_rows)
       c_.platform.commit(work.index, chunk.offset, chunk.rows, chunk.num_rows * c_.slot_bytes(),
-                         c_.layout.chunk_signal_at(c_.call.ep_rank, work.part), make_signal(c_.call.epoch, 0),
+                         c_.layout.chunk_signal_at(c_.call.ep_rank, uint32_t(work.part)), make_signal(c_.call.epoch, 0),
                          Traffic::kRows);
     P::fetch_add(&n.sends_done, 1);
   }

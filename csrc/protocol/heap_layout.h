@@ -46,7 +46,7 @@ struct HeapLayout {
 
   FLASHMOE_HD size_t abort_at(int from) const { return abort + sizeof(uint64_t) * from; }
   FLASHMOE_HD size_t header_signal_at(int source) const { return header_signal + sizeof(uint64_t) * source; }
-  FLASHMOE_HD size_t chunk_signal_at(int source, int chunk) const {
+  FLASHMOE_HD size_t chunk_signal_at(int source, uint32_t chunk) const {
     return chunk_signal + sizeof(uint64_t) * (source * max_chunks + chunk);
   }
   FLASHMOE_HD size_t result_signal_at(uint32_t index) const { return result_signal + sizeof(uint64_t) * index; }

@@ -45,7 +45,7 @@ class Subscriber {
     }
     const uint32_t ready = P::load_acquire(&c_.ws.chunks_ready[i]);
     if (ready == c_.ws.num_chunks[i]) return false;
-    phase = Phase::kChunk, seen = c_.platform.test_signal(c_.layout.chunk_signal_at(source, int(ready)));
+    phase = Phase::kChunk, seen = c_.platform.test_signal(c_.layout.chunk_signal_at(source, ready));
     return true;
   }
 
@@ -149,7 +149,7 @@ class Subscriber {
       const uint32_t before = c_.ws.chunks_ready[i];
       uint32_t ready = before;
       while (ready < c_.ws.num_chunks[i] &&
-             c_.platform.test_signal(c_.layout.chunk_signal_at(source, int(ready))) == here)
+             c_.platform.test_signal(c_.layout.chunk_signal_at(source, ready)) == here)
         ++ready;
       if (ready != before) P::store_release(&c_.ws.chunks_ready[i], ready), progress = true;
       all = all && ready == c_.ws.num_chunks[i];
