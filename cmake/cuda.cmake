@@ -61,7 +61,6 @@ if(with_cuda)
   flashmoe_add_cuda(flashmoe_cuda "${CMAKE_CUDA_ARCHITECTURES}"
     csrc/runtime/moe_cuda_sm80_backward.cu csrc/runtime/moe_cuda_sm80.cu csrc/runtime/moe_cuda_exact_backward.cu
     csrc/runtime/moe_cuda_exact.cu ${cuda_sources})
-    ${cuda_sources})
   # These hold no kernels: one architecture is as good as all.
   list(GET CMAKE_CUDA_ARCHITECTURES 0 any)
   flashmoe_add_cuda(flashmoe_cuda_host ${any} ${host_sources})

@@ -35,8 +35,8 @@ class AcrossK {
   const uint32_t k_, column_;
 };
 
-// What one thread of kThreads copies of such a panel: the same 16 bytes of several rows. Columns that the tile lacks are
-// stale, and their sums are dropped; rows beyond K are zeros, in both operands.
+// What one thread of kThreads copies of such a panel: the same 16 bytes of several rows. Columns that the tile lacks
+// are stale, and their sums are dropped; rows beyond K are zeros, in both operands.
 template <class Stage, int kThreads, bool kLeft>
 class AcrossCopies {
  public:

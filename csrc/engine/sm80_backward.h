@@ -1,4 +1,30 @@
 // The engine of backward calls for GPUs from Ampere on: what protocol/backward.h says, by mma.sync in bf16 and in fp16.
+//
+// Its tiles are the forward engine's (sm80.h): 128 rows by 128 columns, eight warps, four steps of 32 elements of K
+// ahead. What differs is how operands lie. Of x, of dy, of hidden rows and of an up tile's gate_up, K runs along the
+// rows. But down, a down tile's gate_up and both operands of a grad tile have K as their rows, and are transposed on
+// the way to registers (sm80_across.h).
+//
+// Hidden rows are in the call's own type, and weighted: w · d(gate, up) and w · h, each rounded once. So grad tiles
+// multiply rows as they lie, x and dy where they came. A down tile's rows are weighted too, and their combine only
+// sums. The gradients of w itself are made of fp32 sums that no w has touched.
+//
+// A token's bits depend on its row and the weights alone, as in the forward engine; that holds for an up tile's parts
+// of g · h too, whose columns are added in a fixed order. Those of a weight's gradient depend on the order of the
+// expert's rows: a step of K is 32 of them, counted from the first, whatever their sources.
+//
+// Why an up tile is two products, one after the other. Its three sums are 96 registers of a thread: with operands and
+// addresses, and what a worker keeps, more than the 168 that there are. So the gradient of h is summed first and waits,
+// in fp32, in the rows for which the tile's results are meant: 32 KiB to L2 and back, beside the 3.5 MiB that a tile
+// reads where K is 4096.
+//
+// What to expect, predicted and not measured. Of 16 · H · I operations a row (gated), 14 are steps like the forward
+// engine's: on an A100 512 cycles of its tensor cores and as many of shared memory. In the gradient of h a warp has 32
+// by 32 products, which shared memory feeds in 352 cycles for each 256. Together that is 95 % of the forward engine's
+// rate, less what begins and ends tiles, of which an up tile has two: some 3 % where H is 4096. So 165 to 200 of the
+// 312 TFLOP/s, and a backward call takes about 2.9 forward calls. On Hopper shared memory bounds all of it, at 460
+// TFLOP/s for 132 SMs of 1.7 GHz: perhaps 250 to 330 of them. A grad tile of an expert with one row block is but four
+// steps, and 32 KiB of results: writing them is what bounds it.
 #pragma once
 
 #include <string>
@@ -15,10 +41,10 @@ namespace flashmoe {
 inline std::string why_not_sm80_backward(const Call& call) {
   if (std::string why = why_not_sm80(call); !why.empty()) return why;
   const Gradients& grad = call.grad;
-  for (const std::byte* rows : {grad.y, static_cast<const std::byte*>(grad.gate_up_proj),
-                                static_cast<const std::byte*>(grad.gate_up_bias),
-                                static_cast<const std::byte*>(grad.down_proj), static_cast<const std::byte*>(grad.down_bias)})
-    if (reinterpret_cast<uintptr_t>(rows) % 16) return "Ampere's engine needs gradients aligned to 16 bytes";
+  uintptr_t bits = reinterpret_cast<uintptr_t>(grad.y);
+  for (const std::byte* rows : {grad.gate_up_proj, grad.gate_up_bias, grad.down_proj, grad.down_bias})
+    bits |= reinterpret_cast<uintptr_t>(rows);
+  if (bits % 16) return "Ampere's engine needs gradients aligned to 16 bytes";
   return {};
 }
 
@@ -62,8 +88,8 @@ class Sm80BackwardEngine {
 
  private:
   template <class Group, class P>
-  FLASHMOE_DEVICE static void down_tile(const Group& group, const Context<P>& c, const TileShape& tiles, const Work& work,
-                                        Shared& shared) {
+  FLASHMOE_DEVICE static void down_tile(const Group& group, const Context<P>& c, const TileShape& tiles,
+                                        const Work& work, Shared& shared) {
     const DownTile t = flashmoe::down_tile(c, tiles, work);
     const typename Parts::Rows made = Parts::rows_of(c, work.index);
     for (int r = group.rank(); r < t.num_rows; r += group.size()) {

@@ -12,8 +12,8 @@ namespace flashmoe {
 template <class Stage, int kStages>
 struct Sm80BackwardShared {
   Stage stage[kStages];
-  // Where rows lie, of one row block or, in a grad tile, of two: those of the left operand; of an up tile those of dy, of
-  // a grad tile those of the right operand.
+  // Where rows lie, of one row block or, in a grad tile, of two: those of the left operand; of an up tile those of dy,
+  // of a grad tile those of the right operand.
   const std::byte* left[2 * kBlockM];
   const std::byte* right[2 * kBlockM];
   std::byte* result[kBlockM];

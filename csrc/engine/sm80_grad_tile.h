@@ -18,8 +18,8 @@ class Sm80GradRows {
 
   FLASHMOE_DEVICE int num_rows() const { return num_rows_; }
 
-  // Begins with the expert's block number `block`. Rows that it lacks are its last once more, without a weight: they are
-  // copied as zeros.
+  // Begins with the expert's block number `block`. Rows that it lacks are its last once more, without a weight: they
+  // are copied as zeros.
   template <class Group>
   FLASHMOE_DEVICE void look_up(const Group& group, int block) {
     static_assert(Parts::kThreads >= kBlockM, "a row for each thread");
@@ -28,7 +28,8 @@ class Sm80GradRows {
     const typename Parts::Rows made = Parts::rows_of(c_, int(ring_slot_));
     const RowOrigin* origin = Parts::origin_of(c_, made, row_of(group, left));
     other_ = gpu::load_coherent(reinterpret_cast<const uint64_t*>(down_ ? &origin->dy : &origin->x));
-    weight_ = group.rank() >= left ? 0 : down_ ? gpu::load_coherent(reinterpret_cast<const uint32_t*>(&origin->weight)) : kOne;
+    const uint32_t* weight = reinterpret_cast<const uint32_t*>(&origin->weight);
+    weight_ = group.rank() >= left ? 0 : down_ ? gpu::load_coherent(weight) : kOne;
   }
 
   // Puts it into shared memory, and goes on to the one that follows it.

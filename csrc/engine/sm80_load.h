@@ -35,16 +35,17 @@ struct Sm80Pipeline {
   }
 };
 
-// What one thread of kThreads copies of each step's rows, and of its weight rows. Four threads share a row. What a stage
-// holds in rows that the block or the weights lack is stale, and their sums are dropped; beyond a row's end it holds
-// zeros.
+// What one thread of kThreads copies of each step's rows, and of its weight rows. Four threads share a row. What a
+// stage holds in rows that the block or the weights lack is stale, and their sums are dropped; beyond a row's end it
+// holds zeros.
 template <class Stage, int kThreads>
 struct Sm80Piece {
   static constexpr int kAtOnce = kThreads / 4;  // rows
   static_assert(kAtOnce % 8 == 0, "a thread's rows must have their bytes in one order");
 
   FLASHMOE_DEVICE Sm80Piece(int thread, int row_bytes)
-      : row_bytes(row_bytes), first(thread / 4), byte(thread % 4 * 16), place(Stage::place(uint32_t(first), uint32_t(byte))) {}
+      : row_bytes(row_bytes), first(thread / 4), byte(thread % 4 * 16),
+        place(Stage::place(uint32_t(first), uint32_t(byte))) {}
 
   FLASHMOE_DEVICE int byte_of(int step) const { return step * Stage::kStepBytes + byte; }
   FLASHMOE_DEVICE int valid(int step) const { return byte_of(step) < row_bytes ? 16 : 0; }
@@ -102,9 +103,10 @@ class Sm80WeightCopies {
     FLASHMOE_UNROLL
     for (int i = 0; i < 2 * kWeights; ++i)
       if (has_ >> i & 1)
-        gpu::cp_async_16(stage.weights + piece_.place + i * kAtOnce * Stage::kStepBytes,
-                         weight_[i / kWeights] + piece_.byte_of(step) + size_t(i % kWeights * kAtOnce) * piece_.row_bytes,
-                         piece_.valid(step));
+        gpu::cp_async_16(
+            stage.weights + piece_.place + i * kAtOnce * Stage::kStepBytes,
+            weight_[i / kWeights] + piece_.byte_of(step) + size_t(i % kWeights * kAtOnce) * piece_.row_bytes,
+            piece_.valid(step));
   }
 
  private:

@@ -9,8 +9,8 @@ namespace flashmoe {
 template <int kRows>
 using Sm80Sums = float[kRows / 16][32];
 
-// How a warp loads its part of a panel whose rows are the operand's own, with 64 bytes of K in each: 16 rows by 32 bytes
-// of K at a time, as fragments of the left operand or of the right one.
+// How a warp loads its part of a panel whose rows are the operand's own, with 64 bytes of K in each: 16 rows by 32
+// bytes of K at a time, as fragments of the left operand or of the right one.
 template <class Stage, bool kLeft>
 class AlongK {
  public:

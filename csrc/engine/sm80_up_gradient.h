@@ -1,5 +1,5 @@
-// Up tiles of backward calls on Ampere's tensor cores: 64 columns of gate and up once more, and of the gradient of h; of
-// both together, in registers, the gradients of gate and up.
+// Up tiles of backward calls on Ampere's tensor cores: 64 columns of gate and up once more, and of the gradient of h;
+// of both together, in registers, the gradients of gate and up.
 #pragma once
 
 #include "engine/exact_element.h"
@@ -42,8 +42,8 @@ class Sm80UpGradient {
   }
 
  private:
-  // Each up tile takes every so manieth stretch of dy · bias: one alone would be the last to end. Several rows at a time,
-  // since each load is a walk to memory.
+  // Each up tile takes every so manieth stretch of dy · bias: one alone would be the last to end. Several rows at a
+  // time, since each load is a walk to memory.
   template <class Group, class P>
   FLASHMOE_DEVICE static void add_bias_of_down(const Group& group, const Context<P>& c, const TileShape& tiles,
                                                const Work& work, Shared& shared) {
@@ -75,8 +75,8 @@ class Sm80UpGradient {
     }
   }
 
-  // dy · down: columns of down as they lie, in the tile's first half. There are no registers for these sums beside those
-  // of gate and up.
+  // dy · down: columns of down as they lie, in the tile's first half. There are no registers for these sums beside
+  // those of gate and up.
   template <class Group, class P>
   FLASHMOE_DEVICE static void multiply_of_hidden(const Group& group, const Context<P>& c, const TileShape& tiles,
                                                  const Work& work, Shared& shared) {
@@ -131,8 +131,8 @@ class Sm80UpGradient {
     FLASHMOE_DEVICE std::byte* gate_grad(int row) const { return Parts::row_at(made, made.gate_up_grad + begin, row); }
     FLASHMOE_DEVICE std::byte* up_grad(int row) const { return gate_grad(row) + 2 * inner; }
     FLASHMOE_DEVICE std::byte* hidden(int row) const { return Parts::row_at(made, made.hidden + begin, row); }
-    // Until they are overwritten by what they are for, gate_grad and hidden together have room for the row's gradient of
-    // h in fp32: for eight columns 16 bytes in each. This is the thread's pair of the eight columns number w.
+    // Until they are overwritten by what they are for, gate_grad and hidden together have room for the row's gradient
+    // of h in fp32: for eight columns 16 bytes in each. This is the thread's pair of the eight columns number w.
     FLASHMOE_DEVICE gpu::FloatPair* parked(int row, int w) const {
       std::byte* half = gpu::lane() % 4 < 2 ? gate_grad(row) : hidden(row);
       return reinterpret_cast<gpu::FloatPair*>(half + 16 * w + gpu::lane() % 2 * 8);
