@@ -18,11 +18,13 @@ bool begin_aligned(const Gradients& grad) {
 }
 
 CudaKernelKind choose_kernel(const CudaProblem& p) {
-  if (p.backward) return CudaKernelKind::kExactBackward;
   const int item = dtype_bytes(p.dtype);
   // Tensor cores are fed in pieces of 16 bytes.
   const bool pieces = p.aligned && p.hidden_size * item % 16 == 0 && p.intermediate_size * item % 16 == 0;
-  if (p.exact || !pieces || p.compute_capability < 80) return CudaKernelKind::kExact;
+  const bool exact = p.exact || !pieces || p.compute_capability < 80;
+  if (p.backward)
+    return exact || p.dtype == DType::kFloat32 ? CudaKernelKind::kExactBackward : CudaKernelKind::kSm80Backward;
+  if (exact) return CudaKernelKind::kExact;
   if (p.dtype == DType::kFloat32) return p.tf32 ? CudaKernelKind::kSm80 : CudaKernelKind::kExact;
   // wgmma is Hopper's alone: no later architecture has it.
   if (p.compute_capability / 10 != 9) return CudaKernelKind::kSm80;

@@ -6,7 +6,7 @@
 
 namespace flashmoe {
 
-enum class CudaKernelKind { kExact, kSm80, kSm90Wide, kSm90Narrow, kExactBackward };
+enum class CudaKernelKind { kExact, kSm80, kSm90Wide, kSm90Narrow, kExactBackward, kSm80Backward };
 
 struct CudaProblem {
   int compute_capability;  // of the device: 80, 90, 100, ...

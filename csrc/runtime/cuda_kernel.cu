@@ -14,6 +14,7 @@ CudaKernel by_address(CudaKernelKind kind, DType dtype) {
     case CudaKernelKind::kSm90Wide: return sm90_kernel(dtype, Sm90Tiles::kWide);
     case CudaKernelKind::kSm90Narrow: return sm90_kernel(dtype, Sm90Tiles::kNarrow);
     case CudaKernelKind::kExactBackward: return exact_backward_kernel();
+    case CudaKernelKind::kSm80Backward: return sm80_backward_kernel(dtype);
     default: return exact_kernel();
   }
 }

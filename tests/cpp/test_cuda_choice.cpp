@@ -83,8 +83,17 @@ void test_every_tensor_that_is_read_in_pieces_counts() {
 }
 
 void test_backward_calls() {
-  for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16})
-    check(with([&](auto& p) { p.backward = true, p.dtype = dtype; }) == Kind::kExactBackward, "of any dtype");
+  const auto backward = [](auto change) {
+    return with([&](CudaProblem& p) { p.backward = true, change(p); });
+  };
+  for (DType dtype : {DType::kBFloat16, DType::kFloat16})
+    for (int capability : {80, 90, 100})
+      check(backward([&](auto& p) { p.dtype = dtype, p.compute_capability = capability; }) == Kind::kSm80Backward, "16 bits");
+  check(backward([](auto& p) { p.num_pairs = 1; }) == Kind::kSm80Backward, "few rows");
+  check(backward([](auto& p) { p.dtype = DType::kFloat32, p.tf32 = true; }) == Kind::kExactBackward, "float32 is not rounded");
+  check(backward([](auto& p) { p.exact = true; }) == Kind::kExactBackward, "exactness");
+  check(backward([](auto& p) { p.aligned = false; }) == Kind::kExactBackward, "addresses");
+  check(backward([](auto& p) { p.hidden_size = 4100; }) == Kind::kExactBackward, "rows of no whole pieces");
 }
 
 }  // namespace
