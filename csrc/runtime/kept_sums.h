@@ -15,8 +15,8 @@ class Kept {
     const size_t blocks = most_row_blocks(call, layout), block_bytes = sizeof(float) * kBlockM * call.up_rows();
     blocks_of_expert_ = uint32_t(blocks);
     try {
-      // Blocks are taken from the front, and most others never.
-      ask_for_large_pages(sums_.at_least(blocks * block_bytes, true), sums_.bytes());
+      // Blocks are taken from the front, and most others never; nor are most rows of a block where rows are few.
+      sums_.at_least(blocks * block_bytes, true);
       places_.at_least(blocks * std::max(call.num_local_experts(), 1) * sizeof(uint32_t), true);
     } catch (const std::bad_alloc&) {
       return {};  // then it is made again
