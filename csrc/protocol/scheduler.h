@@ -157,7 +157,7 @@ class Scheduler {
   FLASHMOE_ROLE bool publish_bundle(const Lanes& lanes, int expert, uint32_t known, bool& room) {
     Workspace& ws = c_.ws;
     const uint32_t begin = next_row(expert), end = rows_known(expert, known), first = ws.counters->up.published;
-    if (begin >= end) return false;  // whether there is room for more is not asked
+    if (c_.backward() && begin >= end) return false;  // no room for more is then no failure
     const auto block = [&](uint32_t b) { return block_at(expert, begin + b * kBlockM, end, known, first + b); };
     const auto own_slots = [&](uint32_t num) {
       bool owned = true;
