@@ -11,7 +11,7 @@ from flashmoe.cuda_teams import has_cuda
 from flashmoe.models import LayerShape
 from flashmoe.virtual_ranks import VirtualRanks
 
-__all__ = ["TF32", "CudaCase", "H", "Ranks", "has_cuda", "small_enough", "tf32_allowed", "worst_error"]
+__all__ = ["TF32", "CudaCase", "H", "Ranks", "captured", "has_cuda", "small_enough", "tf32_allowed", "worst_error"]
 
 H, I, E, K = 512, 384, 16, 4
 # Rounding of hidden and of each result to the dtype, on sums that fp32 holds; relative to the largest of the row.
@@ -127,3 +127,16 @@ def worst_error(y: Tensor, case: CudaCase, rows: int | None = None) -> float:
     assert y.isfinite().all()
     error = (y[chosen].float() - want).abs().amax(-1) / want.abs().amax(-1).clamp_min(1e-3)
     return error.max().item()
+
+
+def captured(function):
+    """A graph of it, and what it returned; it was called before on a stream of its own, as a capture wants."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+    return graph, result

@@ -6,7 +6,7 @@ import gc
 
 import pytest
 import torch
-from cuda_case import has_cuda
+from cuda_case import captured, has_cuda
 from gradient_case import alone, assert_same_gradients, check_gradients, gradients, virtual_gradients
 from layer_case import LayerCase, assert_same_bits
 
@@ -158,14 +158,7 @@ def test_a_graph_replays_a_training_step():
     def step():
         return torch.autograd.grad(layer(x).float().square().sum(), list(layer.parameters()))
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = step()
+    graph, found = captured(step)
     for _ in range(5):
         x.normal_()
         graph.replay()

@@ -2,25 +2,12 @@
 
 import pytest
 import torch
-from cuda_case import CudaCase, has_cuda, worst_error
+from cuda_case import CudaCase, captured, has_cuda, worst_error
 
 import flashmoe
 from flashmoe import MoE, cuda_teams
 
 pytestmark = pytest.mark.skipif(not has_cuda(), reason="needs a GPU and a build with nvcc")
-
-
-def captured(function):
-    """A graph of it, and what it returned; it was called before on a stream of its own, as a capture wants."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = function()
-    return graph, result
 
 
 def redraw(case: CudaCase) -> None:

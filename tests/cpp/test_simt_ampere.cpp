@@ -2,6 +2,7 @@
 // its bits, and with faults planted in the pipeline, each of which must be called by its name.
 #include "engine/sm80.h"
 #include "simt_team.h"
+#include "sm80_faults.h"
 
 namespace {
 
@@ -126,31 +127,6 @@ void unfit_widths_are_refused() {
 }
 
 // ---- Faults.
-template <int kStages>
-struct NoWait : Sm80Pipeline<kStages> {
-  template <class Group>
-  static void wait_full(const Group& group) { group.sync(); }
-};
-template <int kStages>
-struct NoMeeting : Sm80Pipeline<kStages> {
-  template <class Group>
-  static void wait_full(const Group&) { gpu::cp_async_wait<kStages - 3>(); }
-};
-// Waits for one step less than it reads.
-template <int kStages>
-struct LateByOne : Sm80Pipeline<kStages> {
-  template <class Group>
-  static void wait_full(const Group& group) {
-    gpu::cp_async_wait<kStages - 2>();
-    group.sync();
-  }
-};
-// Fills the stage that is being multiplied.
-template <int kStages>
-struct TooFarAhead : Sm80Pipeline<kStages> {
-  static constexpr int kAhead = kStages;
-};
-
 template <template <int> class PipelineOf>
 void check_called(const std::string& plant, int seeds = 6) {
   const Layer layer({.hidden_size = 264, .intermediate_size = 40, .num_experts = 2, .dtype = DType::kBFloat16}, 8);

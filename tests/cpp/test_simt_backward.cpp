@@ -10,28 +10,6 @@ using namespace flashmoe::test;
 // Several up tiles, the last a short one, and the same of down and grad tiles.
 const LayerShape kSmall{.hidden_size = 72, .intermediate_size = 40, .num_experts = 6, .top_k = 2, .bias = true};
 
-CallOfAll call_of(const Layer& layer, const std::vector<int>& num_tokens, uint64_t seed, Skew skew = Skew::kUniform) {
-  CallOfAll call{&layer, {}, equal_blocks(layer.num_experts, int(num_tokens.size()))};
-  for (int n : num_tokens) call.tokens.push_back(draw_tokens(layer, n, seed++, skew));
-  return call;
-}
-
-// Returns what came out under the first seed.
-BackwardOutcome check_seeds(const BackwardProgram& program, SimtOptions options, int seeds, const std::string& what,
-                            bool back_to_back = false) {
-  options.ep_size = int(program[0].tokens.size());
-  const Truth truth = truth_of(program);
-  BackwardOutcome first;
-  for (int seed = 0; seed < num_seeds(seeds); ++seed) {
-    BackwardOutcome o = run_backward(program, options, uint64_t(seed), back_to_back);
-    const std::string trouble = trouble_of(o, program, truth);
-    check(trouble.empty(), what + ", seed " + std::to_string(seed) + ": " + trouble);
-    if (seed == 0) first = std::move(o);
-    else check(o.of == first.of, what + ", seed " + std::to_string(seed) + ": other bits than with the first seed");
-  }
-  return first;
-}
-
 void ranks_and_blocks() {
   const Layer layer(kSmall, 1);
   for (int ep_size : {1, 2, 4}) {

@@ -2,6 +2,7 @@
 // precision, its bits under every order of events and number of blocks, and faults planted in the pipeline.
 #include "engine/sm80_backward.h"
 #include "simt_gradients.h"
+#include "sm80_faults.h"
 
 namespace {
 
@@ -15,29 +16,6 @@ using Engine = Sm80BackwardEngine<dtype, kTileN, kStages, PipelineOf>;
 template <class E>
 BackwardOutcome run_on(const BackwardProgram& program, const SimtOptions& options, uint64_t seed, bool back_to_back = false) {
   return run_backward<CudaBackwardPlatform, E>(program, options, seed, back_to_back);
-}
-
-CallOfAll call_of(const Layer& layer, const std::vector<int>& num_tokens, uint64_t seed, Skew skew = Skew::kUniform) {
-  CallOfAll call{&layer, {}, equal_blocks(layer.num_experts, int(num_tokens.size()))};
-  for (int n : num_tokens) call.tokens.push_back(draw_tokens(layer, n, seed++, skew));
-  return call;
-}
-
-// Every seed must end well, and with the bits of the first. Returns what came out under that.
-template <class E>
-BackwardOutcome check_seeds(const BackwardProgram& program, SimtOptions options, int seeds, const std::string& what,
-                            bool back_to_back = false) {
-  options.ep_size = int(program[0].tokens.size());
-  const Truth truth = truth_of(program);
-  BackwardOutcome first;
-  for (int seed = 0; seed < num_seeds(seeds); ++seed) {
-    BackwardOutcome o = run_on<E>(program, options, uint64_t(seed) * 1000, back_to_back);
-    const std::string trouble = trouble_of(o, program, truth);
-    check(trouble.empty(), what + ", seed " + std::to_string(seed) + ": " + trouble);
-    if (seed == 0) first = std::move(o);
-    else check(o.of == first.of, what + ", seed " + std::to_string(seed) + ": other bits than with the first seed");
-  }
-  return first;
 }
 
 // Neither width a multiple of what a tile covers or a step takes.
@@ -193,26 +171,6 @@ void unfit_calls_are_refused() {
 }
 
 // ---- Faults.
-// Waits for one step less than it reads.
-template <int kStages>
-struct LateByOne : Sm80Pipeline<kStages> {
-  template <class Group>
-  static void wait_full(const Group& group) {
-    gpu::cp_async_wait<kStages - 2>();
-    group.sync();
-  }
-};
-// Fills the stage that is being multiplied.
-template <int kStages>
-struct TooFarAhead : Sm80Pipeline<kStages> {
-  static constexpr int kAhead = kStages;
-};
-template <int kStages>
-struct NoMeeting : Sm80Pipeline<kStages> {
-  template <class Group>
-  static void wait_full(const Group&) { gpu::cp_async_wait<kStages - 3>(); }
-};
-
 // In tiles of one kind alone, so that each kind of tile shows that it would be caught there.
 template <WorkKind kKind, template <int> class PipelineOf>
 struct FaultIn : Engine<DType::kBFloat16, 64, 4> {
