@@ -20,6 +20,7 @@ endif()
 
 if(nvshmem_version VERSION_GREATER_EQUAL 3.7)
   flashmoe_add_cuda(flashmoe_cuda_nvshmem "${CMAKE_CUDA_ARCHITECTURES}"
+    csrc/runtime/moe_cuda_sm80_backward_nvshmem.cu csrc/runtime/moe_cuda_exact_backward_nvshmem.cu
     csrc/runtime/moe_cuda_sm80_nvshmem.cu
     csrc/runtime/moe_cuda_exact_nvshmem.cu)
   # What is Hopper's alone no other architecture can compile.

@@ -21,7 +21,7 @@ ENGINE_CONCEPTS = ("engine/tile_engine.h", "engine/backward_engine.h")
 NVSHMEM_FILES = {
     "csrc/bindings.cpp", "csrc/gpu/nvshmem_verbs.cuh", "csrc/gpu/remote_verbs.h", "csrc/platform/nvshmem.h",
     "csrc/runtime/cuda_kernel.h", "csrc/runtime/cuda_kernel.cu", "csrc/runtime/cuda_ranks.h", "csrc/runtime/moe_cuda.h",
-    *(f"csrc/runtime/moe_cuda_{engine}_nvshmem.cu" for engine in ("exact", "sm80", "sm90")),
+    *(f"csrc/runtime/moe_cuda_{engine}_nvshmem.cu" for engine in ("exact", "exact_backward", "sm80", "sm80_backward", "sm90")),
     "csrc/bindings_nvshmem.h", "csrc/bindings_nvshmem.cpp",
     *(f"csrc/runtime/nvshmem_{part}" for part in
       ("adaptor.cpp", "calls.h", "library.h", "library.cpp", "world.h", "world.cpp")),

@@ -91,7 +91,7 @@ class Kernel:
         if not self.sass:
             found.append("no machine code")
         # What the call's kernel reads others write meanwhile; NVSHMEM's own constants do not change.
-        if "moe_kernel" in self.name and "NvshmemPlatform" not in self.name:
+        if "moe_kernel" in self.name and "Nvshmem" not in self.name:
             cached = sum("LDG" in line and ".CONSTANT" in line for line in self.sass)
             found += [f"{cached} loads through the read-only cache"] if cached else []
         if "sm80" in self.name.lower():

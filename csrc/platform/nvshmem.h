@@ -62,7 +62,7 @@ class NvshmemPlatform : public CudaPlatform {
   FLASHMOE_DEVICE void settle(const Lanes& lanes, uint32_t first, uint32_t num) {
     enum : uint32_t { kNothing, kAsk, kRelease };
     Counters& n = *ws_.counters;
-    const uint32_t slots = ws_.ring_blocks;
+    const uint32_t slots = ws_.blocks_in_flight;
     bool missing = lanes.rank() == 0 && is_on_its_way(first + slots / 2);
     for (uint32_t b = lanes.rank(); b < num; b += lanes.size()) missing = missing || is_on_its_way(first + b);
     missing = !lanes.all(!missing);
@@ -93,7 +93,7 @@ class NvshmemPlatform : public CudaPlatform {
 
   // Whether the ring slot that row block `sequence` is to have waits for results to land, and for nothing else.
   FLASHMOE_DEVICE bool is_on_its_way(uint32_t sequence) const {
-    const uint32_t slot = sequence % ws_.ring_blocks;
+    const uint32_t slot = sequence % ws_.blocks_in_flight;
     return load_acquire(&ws_.ring_sent[slot]) == sequence && load_acquire(&ws_.ring_free[slot]) != sequence;
   }
 
@@ -103,6 +103,12 @@ class NvshmemPlatform : public CudaPlatform {
   bool results_on_their_way_ = false;  // of the row block in hand
 };
 
-static_assert(Platform<NvshmemPlatform>);
+class NvshmemBackwardPlatform : public NvshmemPlatform {
+ public:
+  static constexpr bool kBackward = true;
+  using NvshmemPlatform::NvshmemPlatform;
+};
+
+static_assert(Platform<NvshmemPlatform> && Platform<NvshmemBackwardPlatform>);
 
 }  // namespace flashmoe

@@ -40,10 +40,13 @@ struct HeapLayout {
     release_signal = region(l.backward ? sizeof(uint64_t) * l.max_experts : 0);
     header = region(header_stride * peers);
     inbox = region(inbox_stride * peers);
-    results = region(max_result_rows * (l.backward ? backward_result_bytes(l.max_wire_bytes) : l.max_wire_bytes));
+    results = region(max_result_rows * max_result_bytes());
     bytes = end;
   }
 
+  FLASHMOE_HD size_t max_result_bytes() const {
+    return limits.backward ? backward_result_bytes(limits.max_wire_bytes) : limits.max_wire_bytes;
+  }
   FLASHMOE_HD size_t abort_at(int from) const { return abort + sizeof(uint64_t) * from; }
   FLASHMOE_HD size_t header_signal_at(int source) const { return header_signal + sizeof(uint64_t) * source; }
   FLASHMOE_HD size_t chunk_signal_at(int source, uint32_t chunk) const {

@@ -44,7 +44,7 @@ class Scheduler {
       all_published = lanes.all(all_published && !is_waiting(expert, known));
     }
     if (!all_published) c_.platform.settle(lanes, n.up.published, most_blocks());
-    if (c_.backward() && !room && lanes.rank() == 0) refuse(known);
+    if (c_.backward() && !room) refuse_if_too_many(lanes, known);
     const bool progress = n.up.published != before || all_published;
     lanes.sync();
     if (lanes.rank() == 0) {
@@ -84,17 +84,26 @@ class Scheduler {
   }
 
   FLASHMOE_ROLE uint32_t most_blocks() const {
-    return max_bundle_blocks(c_.ws.ring_blocks, tiles_.up_tiles, c_.ws.num_workers);
+    return max_bundle_blocks(in_flight(), tiles_.up_tiles, c_.ws.num_workers);
   }
   FLASHMOE_ROLE static uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
 
+  FLASHMOE_ROLE uint32_t in_flight() const { return c_.backward() ? c_.ws.blocks_in_flight : c_.ws.ring_blocks; }
   FLASHMOE_ROLE bool owns_slot(uint32_t sequence) const {
-    if (c_.backward()) return sequence < c_.ws.ring_blocks;  // none is used twice: weight gradients read them all
-    return P::load_acquire(&c_.ws.ring_free[sequence % c_.ws.ring_blocks]) == sequence;
+    // Of a backward call weight gradients read the rows of all blocks: none lies where another lay.
+    if (c_.backward() && sequence >= c_.ws.ring_blocks) return false;
+    return P::load_acquire(&c_.ws.ring_free[sequence % in_flight()]) == sequence;
   }
 
-  // More rows have come to a backward call than it has memory for.
-  FLASHMOE_ROLE void refuse(uint32_t known) {
+  // Whether more rows have come to a backward call than it has memory for, or blocks only wait for others to end.
+  template <LaneGroup Lanes>
+  FLASHMOE_ROLE void refuse_if_too_many(const Lanes& lanes, uint32_t known) {
+    const int experts = c_.call.num_local_experts();
+    uint32_t blocks = 0, waiting = 0;
+    for (int expert = lanes.rank(); expert < experts; expert += lanes.size())
+      blocks += num_blocks(next_row(expert), rows_known(expert, known), known);
+    lanes.exclusive_sum(blocks, waiting);
+    if (lanes.rank() != 0 || c_.ws.counters->up.published + waiting <= c_.ws.ring_blocks) return;
     fail_call(c_, Failure::kNoRoom, [&](Status& status) {
       status.peer = c_.call.ep_rank, status.expert = -1, status.room = uint64_t(c_.ws.ring_blocks) * kBlockM;
       for (int expert = 0; expert < c_.call.num_local_experts(); ++expert) status.seen += rows_known(expert, known);

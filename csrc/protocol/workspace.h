@@ -31,8 +31,8 @@ struct Status {
 struct Machine {
   bool staged = false;            // some peers' memory is not mapped here
   std::byte* stage = nullptr;     // where what travels to them lies until then, if the transport takes no other memory
-  uint32_t max_ring_blocks = 16;  // between their up and down tiles at one time: bounds the memory under any skew
-  uint32_t max_backward_blocks = ~uint32_t(0);  // of a backward call, which ends with kNoRoom if it needs more
+  uint32_t max_ring_blocks = 16;  // published and not yet returned at one time: bounds the memory under any skew
+  uint32_t max_backward_blocks = ~uint32_t(0);  // in all of a backward call, which ends with kNoRoom if it needs more
   uint32_t num_workers = 1;       // that take tiles at one time
   int plan_warps = 1;             // of the group that plans
   int hidden_bytes = 4;           // of an element of `hidden`, whose type is the engine's choice
@@ -62,7 +62,7 @@ FLASHMOE_HD inline size_t packet_stage_bytes(const HeapLayout& layout) {
   return size_t(layout.limits.ep_size - 1) * (layout.header_stride + layout.inbox_stride);
 }
 FLASHMOE_HD inline size_t stage_bytes(const HeapLayout& layout, uint32_t ring_blocks) {
-  return packet_stage_bytes(layout) + size_t(ring_blocks) * kBlockM * layout.limits.max_wire_bytes;
+  return packet_stage_bytes(layout) + size_t(ring_blocks) * kBlockM * layout.max_result_bytes();
 }
 
 // Where a row of a backward call came from: what an engine may keep, so that it need not be looked up again.
@@ -129,19 +129,21 @@ struct Workspace {
   // Row blocks (scheduler, processors).
   uint32_t* next_block;    // [num_local_experts] blocks published so far
   RowBlock* ring;          // [ring_blocks]
-  uint32_t* ring_free;     // [ring_blocks] sequence number of the block that may use the slot next
+  uint32_t* ring_free;     // [blocks_in_flight] sequence number of the block that may be published next
   Bundle* bundles;         // [num_bundle_places] of each block
   uint64_t* down_entries;  // [num_down_places]
   float* hidden;           // [ring_blocks, kBlockM, hidden_stride] activated up-tile outputs, of the engine's type; of
                            // a backward call see protocol/backward.h, and its tables lie behind them
 
   // Only where peers are not mapped: which blocks' results are on their way, and what travels, until it has landed.
-  uint32_t* ring_sent;      // [ring_blocks] the sequence number that ring_free will have once the results have landed
-  uint32_t* ring_landing;   // [ring_blocks] what ring_sent was when the transport was last asked
+  uint32_t* ring_sent;      // [blocks_in_flight] the number that ring_free will have once the results have landed
+  uint32_t* ring_landing;   // [blocks_in_flight] what ring_sent was when the transport was last asked
   std::byte* packet_stage;  // [ep_size − 1, header_stride + inbox_stride]
-  std::byte* result_stage;  // [ring_blocks, kBlockM, row_bytes]
+  std::byte* result_stage;  // [blocks_in_flight, kBlockM, row_bytes]
 
-  uint32_t ring_blocks, num_workers;
+  // Row blocks that have been published and whose results have not yet left, and those that have room in `hidden`: in a
+  // forward call the same.
+  uint32_t blocks_in_flight, ring_blocks, num_workers;
   size_t hidden_stride;  // floats, also where an element is smaller
   size_t bytes;
 
@@ -152,8 +154,9 @@ struct Workspace {
     const size_t most_blocks = most_row_blocks(call, layout);
     // Weight gradients are sums over all rows of an expert: what they are made of stays until the end of the call.
     const bool backward = call.tag.backward();
-    const uint32_t bound = backward ? machine.max_backward_blocks : machine.max_ring_blocks;
-    ring_blocks = bound < most_blocks ? bound : uint32_t(most_blocks);
+    const auto at_most = [&](uint32_t bound) { return bound < most_blocks ? bound : uint32_t(most_blocks); };
+    ring_blocks = at_most(backward ? machine.max_backward_blocks : machine.max_ring_blocks);
+    blocks_in_flight = ring_blocks < machine.max_ring_blocks ? ring_blocks : machine.max_ring_blocks;
     num_workers = machine.num_workers;
     const size_t width = backward ? backward_hidden_width(call) : call.intermediate_size;
     hidden_stride = round_up(width * machine.hidden_bytes, 64) / sizeof(float);
@@ -183,19 +186,19 @@ struct Workspace {
     region(chunks_ready, ep_size);
     region(next_block, local);
     region(ring, ring_blocks);
-    region(ring_free, ring_blocks);
+    region(ring_free, blocks_in_flight);
     region(bundles, num_bundle_places(ring_blocks));
     region(down_entries, num_down_places(ring_blocks));
     region(hidden, hidden_floats() + (backward ? 4 * local + ring_blocks + pairs : 0));
     ring_sent = ring_landing = nullptr, packet_stage = result_stage = nullptr;
     if (!machine.staged) return;
-    region(ring_sent, ring_blocks);
-    region(ring_landing, ring_blocks);
+    region(ring_sent, blocks_in_flight);
+    region(ring_landing, blocks_in_flight);
     if (machine.stage) {
       packet_stage = machine.stage, result_stage = machine.stage + packet_stage_bytes(layout);
     } else {
       region(packet_stage, packet_stage_bytes(layout));
-      region(result_stage, ring_blocks * kBlockM * call.result_bytes());
+      region(result_stage, blocks_in_flight * kBlockM * call.result_bytes());
     }
   }
 
@@ -226,7 +229,7 @@ struct Workspace {
       const BackwardTables tables = of_backward(call);
       tables.blocks_ready[e] = tables.grads_done[e] = 0;
     }
-    for (uint32_t r = group.rank(); r < ring_blocks; r += group.size()) {
+    for (uint32_t r = group.rank(); r < blocks_in_flight; r += group.size()) {
       ring_free[r] = r;
       if (ring_sent) ring_sent[r] = r;
     }

@@ -25,6 +25,8 @@ CudaKernel by_transport(CudaKernelKind kind, DType dtype) {
     case CudaKernelKind::kSm80: return nvshmem_sm80_kernel(dtype);
     case CudaKernelKind::kSm90Wide: return nvshmem_sm90_kernel(dtype, Sm90Tiles::kWide);
     case CudaKernelKind::kSm90Narrow: return nvshmem_sm90_kernel(dtype, Sm90Tiles::kNarrow);
+    case CudaKernelKind::kExactBackward: return nvshmem_exact_backward_kernel();
+    case CudaKernelKind::kSm80Backward: return nvshmem_sm80_backward_kernel(dtype);
     default: return nvshmem_exact_kernel();
   }
 }
@@ -68,8 +70,9 @@ std::vector<void*> nvshmem_modules() {
   int device = 0, major = 0;
   check_cuda(cudaGetDevice(&device), "cudaGetDevice");
   check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-  std::vector<void*> modules{module_of(nvshmem_exact_kernel()),
-                             module_of(nvshmem_sm80_kernel(DType::kFloat32))};
+  std::vector<void*> modules{module_of(nvshmem_exact_kernel()), module_of(nvshmem_exact_backward_kernel()),
+                             module_of(nvshmem_sm80_kernel(DType::kFloat32)),
+                             module_of(nvshmem_sm80_backward_kernel(DType::kBFloat16))};
   if (major == 9) modules.push_back(module_of(nvshmem_sm90_kernel(DType::kBFloat16, Sm90Tiles::kWide)));
   return modules;
 }

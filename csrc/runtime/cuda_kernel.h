@@ -46,7 +46,9 @@ CudaKernel kernel_of(CudaKernelKind kind, DType dtype, bool all_mapped);
 
 // The same for groups in which some peers' memory is not mapped: where NVSHMEM's headers were found.
 CudaKernel nvshmem_exact_kernel();
+CudaKernel nvshmem_exact_backward_kernel();
 CudaKernel nvshmem_sm80_kernel(DType dtype);
+CudaKernel nvshmem_sm80_backward_kernel(DType dtype);
 CudaKernel nvshmem_sm90_kernel(DType dtype, Sm90Tiles tiles);
 
 }  // namespace flashmoe

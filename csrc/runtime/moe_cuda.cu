@@ -95,7 +95,8 @@ class CudaTeam::Impl {
     if (int(args.size()) != ranks) bad_argument("a call needs the arguments of ", ranks, " ranks, got ", args.size());
     for (const ForwardArgs& a : args) check_rank(a, args[0]);
     const bool backward = !grads.empty();
-    if (backward) check_backward();
+    if (backward && !limits_.backward)
+      bad_argument("flashmoe group '", ranks_.name(), "' has no memory for backward calls");
     const OnDevice here(device_);
     const CallOrder::Capture capture = CallOrder::capture_of(stream);
     if (capture.active) trace_.refuse();
@@ -155,13 +156,6 @@ class CudaTeam::Impl {
     if (a.dtype != first.dtype || a.hidden_size != first.hidden_size ||
         a.intermediate_size != first.intermediate_size || a.gated != first.gated)
       bad_argument("virtual ranks must call one layer: dtype, hidden_size, intermediate_size and gated differ");
-  }
-
-  void check_backward() const {
-    if (!limits_.backward) bad_argument("flashmoe group '", ranks_.name(), "' has no memory for backward calls");
-    if (!ranks_.all_mapped())
-      throw std::runtime_error("flashmoe group '" + ranks_.name() +
-                               "': backward calls are not implemented where a rank's memory is not mapped on this GPU");
   }
 
   CudaKernelKind choose(const std::vector<ForwardArgs>& args, const std::vector<Gradients>& grads, bool tf32) const {

@@ -59,10 +59,10 @@ class CudaTeam {
   // std::runtime_error, nothing has been queued. A call that is captured must find all its memory: make one call with
   // the same layer, shapes and dtype before.
   void forward(const std::vector<ForwardArgs>& ranks, void* stream, bool tf32);
-  // The gradients of such a call, as Group::backward makes them: addresses on the device. All peers must be mapped, and
-  // products of float32 are not rounded. What the rows of a rank's experts become stays in memory until the call
-  // ends. Of a lone rank it is known how many they are; to one of several, of which check() then raises PeerError, may come
-  // more than CudaOptions has memory for.
+  // The gradients of such a call, as Group::backward makes them: addresses on the device. Products of float32 are not
+  // rounded. What the rows of a rank's experts become stays in memory until the call ends. Of a lone rank it is known
+  // how many they are; to one of several, of which check() then raises PeerError, may come more than CudaOptions has
+  // memory for.
   void backward(const std::vector<ForwardArgs>& ranks, const std::vector<Gradients>& grads, void* stream);
 
   // What an earlier call has left, as far as the GPU has come: its y is NaN, and its gradients are.

@@ -134,20 +134,36 @@ inline CallOfAll call_of(const Layer& layer, const std::vector<int>& num_tokens,
 }
 
 // Every seed must end well, and with the bits of the first. Returns what came out under that.
-template <class E = ExactBackwardEngine<kSimtWarps>>
+template <class E = ExactBackwardEngine<kSimtWarps>, class P = CudaBackwardPlatform>
 BackwardOutcome check_seeds(const BackwardProgram& program, SimtOptions options, int seeds, const std::string& what,
                             bool back_to_back = false) {
   options.ep_size = int(program[0].tokens.size());
   const Truth truth = truth_of(program);
   BackwardOutcome first;
   for (int seed = 0; seed < num_seeds(seeds); ++seed) {
-    BackwardOutcome o = run_backward<CudaBackwardPlatform, E>(program, options, uint64_t(seed), back_to_back);
+    BackwardOutcome o = run_backward<P, E>(program, options, uint64_t(seed), back_to_back);
     const std::string trouble = trouble_of(o, program, truth);
     check(trouble.empty(), what + ", seed " + std::to_string(seed) + ": " + trouble);
     if (seed == 0) first = std::move(o);
     else check(o.of == first.of, what + ", seed " + std::to_string(seed) + ": other bits than with the first seed");
   }
   return first;
+}
+
+// Of these seeds at least one must end badly on P, and none on Sound. Returns what it said.
+template <class P, class Sound, class E = ExactBackwardEngine<kSimtWarps>>
+std::string check_caught_on_seeds(const BackwardProgram& program, const SimtOptions& options, int seeds, const std::string& plant,
+                                  bool back_to_back = false) {
+  const Truth truth = truth_of(program);
+  for (int seed = 0; seed < 3; ++seed) {
+    const std::string trouble = trouble_of(run_backward<Sound, E>(program, options, seed, back_to_back), program, truth);
+    check(trouble.empty(), plant + ", not planted, seed " + std::to_string(seed) + ": " + trouble);
+  }
+  std::string trouble;
+  for (int seed = 0; seed < seeds && trouble.empty(); ++seed)
+    trouble = trouble_of(run_backward<P, E>(program, options, seed, back_to_back), program, truth);
+  check_caught(!trouble.empty(), plant);
+  return trouble;
 }
 
 }  // namespace flashmoe::test
