@@ -138,7 +138,7 @@ def _build(rendezvous: Rendezvous, settings: Settings, device: torch.device, pee
     nvshmem.free_idle(rendezvous, "idle before", timeout_s)
 
     ranks = rendezvous.exchange("gpu", lambda: _gpu(device), timeout_s)
-    _check_memory(ranks, num_bytes)
+    _check_memory("symmetric heap", ranks, num_bytes)
     heaps = nvshmem.allocate(rendezvous, "heaps", num_bytes, timeout_s)
     pe_of = [rank["pe"] for rank in ranks]
     unmapped = rendezvous.exchange(
@@ -146,6 +146,9 @@ def _build(rendezvous: Rendezvous, settings: Settings, device: torch.device, pee
     )
     if any(unmapped):
         rendezvous.exchange("network", nvshmem.check_network, timeout_s)
+        free = rendezvous.exchange("free", lambda: _free(device), timeout_s)
+        left = [rank | {"free": num_free} for rank, num_free in zip(ranks, free, strict=True)]
+        _check_memory("memory to send from", left, stage_bytes)
     stages = nvshmem.allocate(rendezvous, "stages", stage_bytes, timeout_s) if any(unmapped) else None
     for rank, not_mapped in zip(ranks, unmapped, strict=True):
         rank["unmapped"] = not_mapped
@@ -169,12 +172,16 @@ def _gpu(device: torch.device) -> dict[str, Any]:
         "device": str(device),
         "name": properties.name,
         "uuid": str(getattr(properties, "uuid", device.index)),
-        "free": torch.cuda.mem_get_info(device)[0],
+        "free": _free(device),
         "pe": nvshmem.world().pe,
     }
 
 
-def _check_memory(ranks: list[dict[str, Any]], num_bytes: int) -> None:
+def _free(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def _check_memory(purpose: str, ranks: list[dict[str, Any]], num_bytes: int) -> None:
     # Before anybody allocates: a rank that fails within the library may leave the others there.
     for rank, gpu in enumerate(ranks):
         sharers = [other for other in ranks if (other["boot_id"], other["uuid"]) == (gpu["boot_id"], gpu["uuid"])]
@@ -182,7 +189,7 @@ def _check_memory(ranks: list[dict[str, Any]], num_bytes: int) -> None:
         if len(sharers) * num_bytes > free:
             shared = f" for each of the {len(sharers)} ranks that share it" if len(sharers) > 1 else ""
             raise RuntimeError(
-                f"symmetric heap: {num_bytes / 2**20:.0f} MiB{shared} asked on {gpu['device']} of {gpu['host']} "
+                f"{purpose}: {num_bytes / 2**20:.0f} MiB{shared} asked on {gpu['device']} of {gpu['host']} "
                 f"(rank {rank}), {free / 2**20:.0f} MiB are free (what torch's caching allocator keeps is taken: "
                 f"torch.cuda.empty_cache() gives it back); init() with smaller limits"
             )

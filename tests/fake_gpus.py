@@ -56,6 +56,10 @@ class World:
         return "initialised" if self.is_ready else self.plan.state
 
     @property
+    def allocated(self) -> int:
+        return self._end - _BASE
+
+    @property
     def pe(self) -> int:
         return self.rank
 
@@ -174,4 +178,4 @@ def install(
     cuda.get_device_properties = lambda device: types.SimpleNamespace(
         name="a GPU", uuid=f"gpu-{device if type(device) is int else device.index}"
     )
-    cuda.mem_get_info = lambda device: (free, free)
+    cuda.mem_get_info = lambda device: (free - (World.one.allocated if World.one else 0), free)

@@ -141,12 +141,16 @@ def test_what_one_rank_lacks_all_are_told(plan, message):
         assert [seen["freed"] for seen in world.call(state)] == [[], []]
 
 
-def test_ranks_that_share_a_gpu_share_its_memory():
+def test_memory_is_looked_for_before_it_is_allocated():
     with gpu_world(2, gpus=1) as world:
         need = world.call(start)[0]["bytes"]
     with gpu_world(2, gpus=1, free=2 * need - 1) as world:
         for outcome in world.outcomes(start):
             assert "for each of the 2 ranks that share it asked on cuda:0" in outcome.error
+    with gpu_world(2, {0: {"unmapped": (1,)}}, free=need) as world:
+        for outcome in world.outcomes(start):
+            assert outcome.kind == "RuntimeError" and "memory to send from: 0 MiB asked on cuda:0 of" in outcome.error
+        assert [seen["calls"][-1] for seen in world.call(state)] == [f"allocate {need}"] * 2
 
 
 def test_memory_goes_when_all_have_let_go_of_it():
