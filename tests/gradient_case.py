@@ -79,15 +79,17 @@ def alone(case: LayerCase, device: str = "cpu") -> tuple[LayerCase, dict[str, Te
     return whole, {name: one.cpu() for name, one in zip(leaves, found, strict=True)}
 
 
-def check_gradients(case: LayerCase, by_rank: list[dict[str, Tensor]], factors_rounded: bool = False) -> None:
-    """Asserts that they are the reference's: each expert's matrix, each token's row, each pair's weight.
+def check_gradients(
+    case: LayerCase, by_rank: list[dict[str, Tensor]], factors_rounded: bool = False, device: str = "cpu"
+) -> None:
+    """Asserts that they are the reference's, made on the device: each expert's matrix, each token's row, each pair's weight.
 
     Ours rounds an expert's row of x's gradient to the dtype before they are summed, and every result once; the rest is
     accumulation in float32, relative to the size of what is added up. Tensor cores take the factors of these sums
     rounded to the dtype, too.
     """
     with one_torch_thread():
-        truth = _reference(case)
+        truth = _reference(case, device)
     for rank, found in enumerate(by_rank):
         mine = case.local_experts(rank)
         for name, got in found.items():
@@ -107,21 +109,24 @@ def check_gradients(case: LayerCase, by_rank: list[dict[str, Tensor]], factors_r
                 allowed = allowed + 2 * ROUNDING[case.dtype] * size
             if rounded == torch.float16:
                 allowed = allowed + 2.0**-24
-            excess = (got.double() - expected).abs() - allowed
+            excess = (got.to(device).double() - expected).abs() - allowed
             assert excess.max() <= 0, f"{name} of rank {rank}: {excess.max():.3g} too far; {case}"
 
 
-def _reference(case: LayerCase) -> dict[str, Any]:
+def _reference(case: LayerCase, device: str) -> dict[str, Any]:
     """In float64: of x and topk_weights by rank, of the weights of all experts."""
-    x = [one.double().requires_grad_() for one in case.x]
-    topk_weights = [one.double().requires_grad_() for one in case.topk_weights]
+
+    def leaf(given: Tensor) -> Tensor:
+        return given.to(device).double().requires_grad_()
+
+    x, topk_weights = [leaf(one) for one in case.x], [leaf(one) for one in case.topk_weights]
     weights = {name: getattr(case, name) for name in WEIGHTS}
-    weights = {name: one.double().requires_grad_() for name, one in weights.items() if one is not None}
+    weights = {name: leaf(one) for name, one in weights.items() if one is not None}
     y = moe_reference(
-        torch.cat(x), torch.cat(case.topk_ids), torch.cat(topk_weights), **weights, activation=case.activation,
-        gated=case.gated, compute_dtype=torch.float64,
+        torch.cat(x), torch.cat(case.topk_ids).to(device), torch.cat(topk_weights), **weights,
+        activation=case.activation, gated=case.gated, compute_dtype=torch.float64,
     )  # fmt: skip
-    given = torch.cat([grad_y(case, rank) for rank in range(case.ep_size)]).double()
+    given = torch.cat([grad_y(case, rank) for rank in range(case.ep_size)]).to(device).double()
     found = torch.autograd.grad(y, [*x, *topk_weights, *weights.values()], given)
     ranks = case.ep_size
     return {
