@@ -63,7 +63,8 @@ class Judge:
         last = first + self.experts_per_rank[self.ranks.rank]
         mine = [expert - first for expert in self.experts if first <= expert < last]
         rows = [self.ranks.collect(one.float()) for one in tokens]
-        parts = self.ranks.collect_objects([one[mine].float().cpu() for one in (gate_up, down)])
+        sent = [one[mine].float() for one in (gate_up, down)]  # gigabytes, perhaps: they stay where they are if they can
+        parts = self.ranks.collect_objects([one.cpu() for one in sent] if self.ranks.size > 1 else sent)
         if parts is None:
             return None
         return [*rows, *(torch.cat([one.to(rows[0].device) for one in pair]) for pair in zip(*parts, strict=True))]
