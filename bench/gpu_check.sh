@@ -88,7 +88,7 @@ mkdir -p "$out/gpu"
 
 # What the steps import lies on a disk that may be cold: it is read while the compilers run.
 "$python" -c 'import torch, triton, matplotlib.pyplot' > /dev/null 2>&1 &
-step build 100 bash -c build
+step build 90 bash -c build
 step engines 13 bash -o pipefail -c engines
 step info 24 bash -c '"$python" -m flashmoe info && "$python" -m torch.distributed.run -m flashmoe info --distributed'
 step layer 60 bash -c 'tests tests/test_cuda.py'
@@ -102,7 +102,7 @@ step memcheck 34 bash -c 'sanitize memcheck --report-api-errors no'
 step racecheck 34 bash -c 'sanitize racecheck'
 step prefill 34 bash -c 'layers 18 --tokens 8192 512'
 step decode 24 bash -c 'layers 9 --tokens 1 8 32 128 --graph'
-step training 16 bash -c 'layers 6 --tokens 8192 --passes backward'
+step training 26 bash -c 'layers 6 --tokens 8192 --passes backward --baselines chain,ceiling'
 step micro 18 "$python" -m flashmoe bench micro -k bench_gpu --json "$out/gpu/micro.json"
 
 printf '\n'
