@@ -25,6 +25,7 @@ step() {  # name, seconds it may take, command ...
   table+=("$(printf '%-12s %4d s  %s' "$name" $((SECONDS - started)) "$result")")
 }
 
+PATH=$PATH:/usr/local/cuda/bin  # where nvcc and its tools lie if nobody has said so
 gpu=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
 arch=${gpu:-90}
 [ "$arch" -ne 90 ] || arch=90a
@@ -59,11 +60,13 @@ sanitize() {  # tool, options of it ...
 processes() {
   CUDA_MPS_PIPE_DIRECTORY=$(mktemp -d)
   export CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY=$CUDA_MPS_PIPE_DIRECTORY
-  if nvidia-cuda-mps-control -d && trap 'echo quit | nvidia-cuda-mps-control' EXIT &&
-    "$python" -c 'import torch; torch.zeros(1, device="cuda")'; then
+  if nvidia-cuda-mps-control -d && trap 'echo quit -t 2 | nvidia-cuda-mps-control' EXIT &&
+    "$python" -c 'import signal; signal.alarm(12); import torch; torch.zeros(1, device="cuda")'; then
     echo "processes share the card through MPS"
   else
     echo "processes take turns on the card: MPS does not run here"
+    echo quit -t 2 | nvidia-cuda-mps-control  # while it is known where it listens; what stays may hold our output open
+    trap - EXIT
     unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
   fi
   tests tests/test_cuda_nvshmem.py -rs

@@ -18,6 +18,10 @@ TIMEOUT = LOGGED + """shift 3
 case "$*" in *"$FAILING"*) exit 124 ;; esac
 exec "$@"
 """
+PYTHON = LOGGED + """case "$*" in *"$FAILING"*) exit 1 ;; esac
+"""
+MPS = LOGGED + """[ "$1" = -d ] || echo "asked to $(cat) at ${CUDA_MPS_PIPE_DIRECTORY:-nowhere}" >> "$LOG"
+"""
 # What it compiles is a program that tells, too.
 COMPILER = LOGGED + """cp "$PYTHON" "${!#}"
 """
@@ -32,8 +36,9 @@ def ran(tmp_path):
         programs.mkdir(exist_ok=True)
         log.unlink(missing_ok=True)
         names = ["fake_python", "timeout", "nvcc", "compute-sanitizer", "nvidia-smi", "nvidia-cuda-mps-control"]
+        others = {"timeout": TIMEOUT, "nvcc": COMPILER, "fake_python": PYTHON, "nvidia-cuda-mps-control": MPS}
         for name in names:
-            (programs / name).write_text({"timeout": TIMEOUT, "nvcc": COMPILER}.get(name, LOGGED))
+            (programs / name).write_text(others.get(name, LOGGED))
             (programs / name).chmod(0o755)
         environment = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHON": str(programs / "fake_python"),
                                     "CUDACXX": str(programs / "nvcc"), "LOG": str(log), "FAILING": failing}  # fmt: skip
@@ -84,6 +89,16 @@ def test_tests_end_before_their_step_and_say_what_failed(ran):
             steps += 1
             assert 10 < int(given["timeout"]) < int(given["session_timeout"]) < limit, "later than a kernel gives up"
     assert steps == 6
+
+
+@pytest.mark.parametrize("failing", ["nothing fails", "torch.zeros"])
+def test_mps_is_ended_where_it_listens_also_if_it_is_of_no_use(ran, failing):
+    told = [" ".join(command) for command in ran(failing)[1]]
+    begun = next(place for place, command in enumerate(told) if command.startswith("nvidia-cuda-mps-control -d"))
+    ended = [place for place, command in enumerate(told) if command.startswith("asked to quit")]
+    asked = next(place for place, command in enumerate(told) if "tests/test_cuda_nvshmem.py" in command)
+    assert len(ended) == 1 and begun < ended[0] and "nowhere" not in told[ended[0]]
+    assert (ended[0] < asked) == (failing != "nothing fails"), "or the tests would find nobody there"
 
 
 def test_a_step_over_its_limit_costs_only_itself(ran):
