@@ -33,6 +33,10 @@ export CMAKE_ARGS="-DFLASHMOE_CUDA=ON -DFLASHMOE_CUDA_ARCHITECTURES=$arch-real"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 # A kernel that hangs is to say so within its step.
 export FLASHMOE_TIMEOUT_S=10 FLASHMOE_ENTRY_TIMEOUT_S=10
+# Without a network the host's own name may not resolve, and asking takes its time.
+export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
+"$python" -c 'import pytest_timeout' || echo "without pytest-timeout a test that hangs ends its whole step"
+"$python" -c 'import pytest_benchmark' || echo "without pytest-benchmark there is no step micro"
 
 # The extension, and beside it the engines alone, which need no more than a compiler.
 build() {
