@@ -22,6 +22,10 @@ _layer_numbers: collections.defaultdict[str | None, itertools.count] = collectio
 )
 
 
+def next_layer_number(group: str | None) -> int:
+    return next(_layer_numbers[group])
+
+
 class MoE(nn.Module):
     """A Mixture-of-Experts layer: y = Σ over the top-k experts of weight · down(act(gate(x)) · up(x)).
 
@@ -89,7 +93,7 @@ class MoE(nn.Module):
                 _check_limits(handle.limits, max_tokens, top_k, num_experts)
         # No buffer, since it stays on the CPU when the layer moves: the operator reads it there.
         self.expert_map = self._placement(expert_map)
-        self.layer = next(_layer_numbers[self.group])
+        self.layer = next_layer_number(self.group)
 
         options = {"device": device, "dtype": dtype}
         if isinstance(router, str):
