@@ -72,6 +72,7 @@ struct Thread {
   const char* waits_in = nullptr;
   int64_t waits_on = 0;
   int verbs_since_poll = 1 << 20;
+  uint32_t asked_for_warp = 0;  // how often: a shuffle on a GPU, so equally often by all lanes whenever they meet
 
   struct Copy {
     std::shared_ptr<InFlight> flight;

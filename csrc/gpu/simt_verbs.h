@@ -14,7 +14,10 @@ namespace flashmoe::gpu {
 FLASHMOE_DEVICE int thread_in_block() { return simt::self().index; }
 FLASHMOE_DEVICE int block_threads() { return int(simt::my_block().threads.size()); }
 FLASHMOE_DEVICE int lane() { return simt::my_lane(); }
-FLASHMOE_DEVICE int warp_in_block() { return simt::self().index / 32; }
+FLASHMOE_DEVICE int warp_in_block() {
+  ++simt::self().asked_for_warp;
+  return simt::self().index / 32;
+}
 FLASHMOE_DEVICE int block() { return simt::my_block().index; }
 FLASHMOE_DEVICE int num_blocks() { return simt::machine->num_blocks(); }
 FLASHMOE_DEVICE int multiprocessor() { return 100 + block(); }  // not the block, lest they be taken for each other

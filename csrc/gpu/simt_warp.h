@@ -26,10 +26,19 @@ T from_bits(uint64_t bits) {
 inline int my_lane() { return self().index % 32; }
 inline Warp& my_warp() { return my_block().warps[self().index / 32]; }
 
+inline void check_asked_together() {
+  const auto lanes = my_block().threads.begin() + self().index / 32 * 32;
+  if (std::any_of(lanes, lanes + 32, [](const auto& l) { return l->asked_for_warp != self().asked_for_warp; }))
+    throw Misuse("warp_in_block by some lanes of a warp alone");
+}
+
 // Every lane shows a value; the board of all 32.
 template <class Last>
 const std::vector<uint64_t>& meet_warp(const char* verb, uint64_t value, Last last) {
-  return meet(my_warp().meeting, 32, my_lane(), verb, self().index / 32, value, false, last);
+  return meet(my_warp().meeting, 32, my_lane(), verb, self().index / 32, value, false, [&](auto& board) {
+    check_asked_together();
+    last(board);
+  });
 }
 inline const std::vector<uint64_t>& meet_warp(const char* verb, uint64_t value) {
   return meet_warp(verb, value, [](auto&) {});

@@ -34,7 +34,7 @@ namespace flashmoe::gpu {
 FLASHMOE_DEVICE int thread_in_block();
 FLASHMOE_DEVICE int block_threads();
 FLASHMOE_DEVICE int lane();
-FLASHMOE_DEVICE int warp_in_block();
+FLASHMOE_DEVICE int warp_in_block();  // a warp verb
 FLASHMOE_DEVICE int block();
 FLASHMOE_DEVICE int num_blocks();
 FLASHMOE_DEVICE int multiprocessor();  // where the block is

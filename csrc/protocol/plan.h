@@ -163,7 +163,8 @@ FLASHMOE_ROLE void count_slots(const Group& group, const Call& call, Workspace& 
   uint32_t count = 0, slots = 0;
   for (uint32_t row = mine.begin + lanes.rank(); row < mine.end; row += lanes.size()) count += is_first(row);
   lanes.exclusive_sum(count, slots);
-  if (lanes.rank() == 0) counted_by(group.warp()) = slots;
+  uint32_t& counted = counted_by(group.warp());  // by all lanes: on a GPU they answer for their warp together
+  if (lanes.rank() == 0) counted = slots;
   group.sync();
 
   slots = 0;

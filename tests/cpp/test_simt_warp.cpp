@@ -134,6 +134,10 @@ void misuse_is_named() {
   check_misuse("half a warp shuffles", "in shuffle", 1, 32, 0, [] {
     if (gpu::lane() < 16) gpu::shuffle(1, 0);
   });
+  check_misuse("one lane asks for its warp's number", "warp_in_block by some lanes", 1, 32, 0, [] {
+    if (gpu::lane() == 0) gpu::warp_in_block();
+    gpu::shuffle(1, 0);
+  });
   check_misuse("a thread misses sync_block", "in sync_block", 1, 64, 0, [] {
     if (gpu::thread_in_block() != 5) gpu::sync_block();
   });
