@@ -11,7 +11,7 @@ of weights are sums over the rows of an expert in an order that does depend on t
 On a GPU a call keeps what it makes of the rows of its experts until its end, in memory beside torch's: up rows +
 intermediate_size numbers a row. A rank of several cannot know how many rows will come: it sets aside memory for the worst
 routing, or a quarter of the GPU's if that is less (FLASHMOE_BACKWARD_MIB), and ends the call in a PeerError where it does
-not suffice. All ranks must map each other's memory.
+not suffice.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from . import groups, ops
 from .arguments import ACTIVATION_CODES
 from .routing import Routing, make_router
 
-__all__ = ["MoE"]
+__all__ = ["MoE", "expert_parameters"]
 
 # Layers are numbered per group in the order in which they are made, from 1: that order is the same on all ranks
 # of a model, so the number names the layer in a call (0 is a call of fused_moe without a layer).
@@ -181,6 +181,20 @@ class MoE(nn.Module):
             f"num_experts={self.num_experts} ({placement}), top_k={self.top_k}, activation={self.activation!r}, "
             f"gated={self.gated}, bias={self.down_bias is not None}, dtype={self.down_proj.dtype}"
         )
+
+
+def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a model's layers that are of this rank's experts alone, by their names in the model.
+
+    No other rank of their group holds them, so nothing may average them over it (docs/training.md). Those of layers
+    without a group, or with a group of one rank, are not among them.
+    """
+    return {
+        f"{place}.{name}" if place else name: parameter
+        for place, layer in model.named_modules()
+        if isinstance(layer, MoE) and layer.ep_size > 1
+        for name, parameter in layer.named_parameters(recurse=False)
+    }
 
 
 def _check_limits(limits, max_tokens: int | None, top_k: int, num_experts: int) -> None:

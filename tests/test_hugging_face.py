@@ -145,6 +145,7 @@ def load_and_learn(path: str, sizes: list[dict[str, int]]) -> list[tuple[float, 
     for size in sizes:
         config = DistributedConfig(**size, ep_size=2, ep_implementation="flashmoe")
         model = transformers.AutoModelForCausalLM.from_pretrained(path, distributed_config=config)
+        model.save_pretrained(f"{path}/again")
         loss, grads = learn(model, text(4 + (dist.get_rank() if "fsdp_size" in size else 0)))
         found.append((loss, grads, list(model.model.layers[0].mlp.experts.gate_up_proj.to_local().shape)))
     return found
@@ -154,8 +155,11 @@ def load_and_learn(path: str, sizes: list[dict[str, int]]) -> list[tuple[float, 
 def test_experts_of_two_processes(tmp_path):
     model = build("qwen3_moe")
     model.save_pretrained(tmp_path)
+    kept = model.state_dict()
     # Each rank with a batch of its own, over which gradients are a mean; then both with one batch.
     by_rank = flashmoe.launch(load_and_learn, 2, str(tmp_path), [{"fsdp_size": 2}, {"tp_size": 2}], timeout_s=200)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again").state_dict()
+    assert kept.keys() == again.keys() and all(torch.equal(one, again[name]) for name, one in kept.items())
     apart = [learn(model, text(4 + rank)) for rank in (0, 1)]
     mean = {name: (apart[0][1][name] + apart[1][1][name]) / 2 for name in apart[0][1]}
     for rank, ((own_loss, own, shape), (same_loss, same, _)) in enumerate(by_rank):
