@@ -3,7 +3,7 @@
 // wrong.
 #include <cstring>
 
-#include "engine_cases.h"
+#include "backward_cases.h"
 #include "simt_run.h"
 
 namespace {
@@ -22,7 +22,8 @@ struct Rows {
 
 template <class Alone>
 std::string run(const Integers& integers, Tiles tiles, uint64_t seed) {
-  const Rows x(encoded<Alone::kDType>(integers.x)), weights(encoded<Alone::kDType>(integers.weights));
+  const Rows x(encoded<Alone::kDType>(integers.x_for<Alone>()));
+  const Rows weights(encoded<Alone::kDType>(integers.weights_for<Alone>()));
   std::vector<float> sums(size_t(tiles.num_tiles) * tiles.num_rows * Alone::kTileN, NAN);
   tiles.x = x.data(), tiles.weights = weights.data(), tiles.sums = sums.data();
   if (std::string error = Alone::make_map(&tiles); !error.empty()) return error;
@@ -47,6 +48,58 @@ void every_engine() {
   }
 }
 
+void every_backward_product() {
+  for (int depth : kBackwardDepths) {
+    if (depth > 333) break;  // three blocks of rows: all places in shared memory, and one of them again
+    const Integers integers(depth);
+    for_each_backward_product([&]<class Alone>(const std::string& name, Alone) {
+      if (!has_depth<Alone>(depth)) return;
+      for (int num_rows : kNumRows) {
+        const Tiles tiles = backward_tiles<Alone>(integers, num_rows, 2);
+        const std::string wrong = run<Alone>(integers, tiles, uint64_t(num_rows));
+        check(wrong.empty(),
+              name + ", " + std::to_string(num_rows) + " rows of " + std::to_string(depth) + ": " + wrong);
+      }
+    });
+  }
+}
+
+// Loads of operands that lie across, as they could go wrong on a GPU: not transposed; and two of the four matrices in
+// each other's registers.
+template <class Stage, bool kLeft>
+struct NotTransposed : AcrossK<Stage, kLeft> {
+  using AcrossK<Stage, kLeft>::AcrossK;
+  void load(uint32_t (&words)[4], const std::byte* panel, int columns, int part) const {
+    const uint32_t k = gpu::lane() % 16, column = columns + gpu::lane() / 16 * 8;
+    gpu::ldmatrix_x4(words, panel + AcrossPanel<Stage, kLeft>::place(16 * part + k, 2 * column));
+  }
+};
+template <class Stage, bool kLeft>
+struct Exchanged : AcrossK<Stage, kLeft> {
+  using AcrossK<Stage, kLeft>::AcrossK;
+  void load(uint32_t (&words)[4], const std::byte* panel, int columns, int part) const {
+    AcrossK<Stage, kLeft>::load(words, panel, columns, part);
+    std::swap(words[1], words[2]);
+  }
+};
+
+template <template <class, bool> class Across>
+void check_wrong_loads(const std::string& plant) {
+  const Integers even(64), ragged(33);
+  const auto check_product = [&]<class Alone>(const Integers& of, Alone) {
+    const std::string said = run<Alone>(of, backward_tiles<Alone>(of, 64, 1), 1);
+    check_caught(contains(said, "sums are wrong"), plant + ", said: " + said);
+  };
+  check_product(even, GradOfHidden<DType::kBFloat16, Across>{});
+  check_product(even, GradOfX<DType::kBFloat16, Across>{});
+  check_product(ragged, GradOfWeights<DType::kBFloat16, Across>{});
+}
+
+void wrong_transpositions_give_wrong_sums() {
+  check_wrong_loads<NotTransposed>("not transposed");
+  check_wrong_loads<Exchanged>("exchanged");
+}
+
 // Right ones, of which two are spoilt then.
 void wrong_sums_are_named() {
   using Alone = Sm90Alone<Sm90Wide, DType::kBFloat16>;
@@ -57,7 +110,8 @@ void wrong_sums_are_named() {
     for (int row = 0; row < 65; ++row)
       for (int column = 0; column < Alone::kTileN; ++column) {
         const int weight = tiles.weight_row(tile, column / 128) + column % 128;
-        const int sum = weight < 300 ? integers.sums[tiles.x_row(tile, row) * 300 + weight] : 0;
+        const int x = tiles.x_row(tile, row);
+        const int sum = weight < tiles.num_weights ? integers.sums[x * tiles.num_weights + weight] : 0;
         sums[(tile * 65 + row) * Alone::kTileN + column] = float(sum);
       }
   check(wrong_sums<Alone>(integers, tiles, sums).empty(), "right sums");
@@ -73,6 +127,8 @@ void wrong_sums_are_named() {
 
 int main() {
   run_test("EveryEngine", every_engine);
+  run_test("EveryBackwardProduct", every_backward_product);
+  run_test("WrongTranspositionsGiveWrongSums", wrong_transpositions_give_wrong_sums);
   run_test("WrongSumsAreNamed", wrong_sums_are_named);
   return finish();
 }

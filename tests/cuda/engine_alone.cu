@@ -6,16 +6,18 @@
 namespace flashmoe::test {
 namespace {
 
-// Enough that shallow tiles go through all stages more than twice: by barriers of either parity.
-constexpr int kTilesOfBlock = 40, kBlocks = 8;
+constexpr int kBlocks = 8;
+// Enough that shallow tiles go through all stages more than twice: by barriers of either parity. The backward engine's
+// begin with the same stage; there are enough for all of its columns.
+constexpr int kTilesOfBlock = 40, kBackwardTilesOfBlock = 4;
 
 template <class Alone>
-bool check(const char* name, const Integers& integers, int num_rows) {
-  std::printf("%-18s %3d rows of %4d: ", name, num_rows, integers.depth);
-  const auto x = encoded<Alone::kDType>(integers.x), weights = encoded<Alone::kDType>(integers.weights);
+bool check(const char* name, const Integers& integers, Tiles tiles) {
+  std::printf("%-18s %3d rows of %4d: ", name, tiles.num_rows, integers.depth);
+  const auto x = encoded<Alone::kDType>(integers.x_for<Alone>());
+  const auto weights = encoded<Alone::kDType>(integers.weights_for<Alone>());
   const OnGpu<uint32_t> x_there(x, x.size()), weights_there(weights, weights.size());
-  const OnGpu<float> sums(size_t{kBlocks} * kTilesOfBlock * num_rows * Alone::kTileN);
-  Tiles tiles = integers.tiles<Alone>(num_rows, kTilesOfBlock);
+  const OnGpu<float> sums(size_t{kBlocks} * tiles.num_tiles * tiles.num_rows * Alone::kTileN);
   tiles.x = x_there.bytes(), tiles.weights = weights_there.bytes(), tiles.sums = sums.data();
   launch<Alone>(tiles, kBlocks);
   must(cudaDeviceSynchronize(), "kernel");
@@ -29,7 +31,21 @@ int check_engines(int capability) {
   for (int depth : kDepths) {
     const Integers integers(depth);
     for_each_engine(capability, [&]<class Alone>(const char* name, Alone) {
-      for (int num_rows : kNumRows) num_wrong += !check<Alone>(name, integers, num_rows);
+      for (int num_rows : kNumRows)
+        num_wrong += !check<Alone>(name, integers, integers.tiles<Alone>(num_rows, kTilesOfBlock));
+    });
+  }
+  return num_wrong;
+}
+
+int check_backward_products() {
+  int num_wrong = 0;
+  for (int depth : kBackwardDepths) {
+    const Integers integers(depth);
+    for_each_backward_product([&]<class Alone>(const char* name, Alone) {
+      if (!has_depth<Alone>(depth)) return;
+      for (int num_rows : kNumRows)
+        num_wrong += !check<Alone>(name, integers, backward_tiles<Alone>(integers, num_rows, kBackwardTilesOfBlock));
     });
   }
   return num_wrong;
@@ -40,10 +56,12 @@ int run() {
   must(cudaGetDeviceProperties(&gpu, 0), "GPU 0");
   const int capability = gpu.major * 10 + gpu.minor;
   std::printf("%s, compute capability %d.%d\n", gpu.name, gpu.major, gpu.minor);
-  const int num_wrong = check_engines(capability);
+  int num_wrong = check_engines(capability);
   EngineSpeed speed;
   speed.ampere();
   if (capability == 90) speed.hopper();
+  num_wrong += check_backward_products();
+  speed.backward();
   std::printf("%d cases are wrong\n", num_wrong);
   return num_wrong != 0;
 }

@@ -8,22 +8,41 @@
 
 namespace flashmoe::test {
 
-// Tiles, each the products of some rows of x with some rows of the weights; both have rows of `depth` elements.
+// Tiles, each the products of some rows of x with some rows of the weights; both have rows of `depth` elements. Where
+// they lie across, with K as their rows, these are their columns.
 struct Tiles {
   gpu::TensorMap map;  // of the weights, for Hopper's engine
   const std::byte *x, *weights;
   int num_x, num_weights, depth;
-  int num_rows;                   // of each tile,
-  int num_tiles;                  // of each block
+  int num_rows;                    // of each tile,
+  int num_tiles;                   // of each block
   int first_weight[2], way, turn;  // of the first tile's halves; the next tile's lie so far behind, modulo the turn
-  float* sums;                    // [tiles of all blocks, num_rows, columns]; or null, and they are dropped
+  int width;                       // columns of a matrix, where weights lie across: several, one after the other
+  float* sums;                     // [tiles of all blocks, num_rows, columns]; or null, and they are dropped
 
   FLASHMOE_HD int x_row(int tile, int row) const { return (row * 7 + tile * 13) % num_x; }
   FLASHMOE_HD int weight_row(int tile, int half) const { return first_weight[half] + tile * way % turn; }
+  // Where x lies across: a tile's first column, and which of the rows is the tile's number k.
+  FLASHMOE_HD int x_column(int tile) const { return tile * way % (num_x - kBlockM); }
+  FLASHMOE_HD int k_row(int tile, int k) const { return (k * 7 + tile * 13) % depth; }
   FLASHMOE_HD float* row_of_sums(int tile, int row, int columns) const {
     return sums + (size_t(tile) * num_rows + row) * columns;
   }
 };
+
+// What a warp on Ampere's tensor cores has summed up, from this row and this column of either half on.
+template <int kColumns, int kTimes>
+FLASHMOE_DEVICE void store_sums(const Tiles& tiles, int tile, int first_row, int first_column,
+                                const float (&sums)[kTimes][32]) {
+  if (!tiles.sums || first_row >= tiles.num_rows) return;
+  FLASHMOE_UNROLL
+  for (int n = 0; n < kTimes * 32; ++n) {
+    const int row = first_row + n / 32 * 16 + gpu::lane() / 4 + n / 2 % 2 * 8;
+    const int column = n % 32 / 16 * 64 + first_column + n % 16 / 4 * 8 + gpu::lane() % 4 * 2 + n % 2;
+    if (row < tiles.num_rows && column < kColumns)
+      tiles.row_of_sums(tile, row, kColumns)[column] = sums[n / 32][n % 32];
+  }
+}
 
 template <template <DType> class EngineOf, DType dtype>
 struct Sm90Alone {
@@ -34,7 +53,7 @@ struct Sm90Alone {
   static constexpr DType kDType = dtype;
   static constexpr int kTileN = Engine::kTileN, kRows = Engine::kRows, kStepBytes = Engine::Stage::kStepBytes;
   static constexpr int kThreads = 32 * (Engine::kCrewWarps + Engine::kLoaderWarps + 1);  // with the agent's warp
-  static constexpr bool kZerosBeyondWeights = true;
+  static constexpr bool kZerosBeyondWeights = true, kXAcross = false, kWeightsAcross = false;
 
   static std::string make_map(Tiles* tiles) {
     const uint64_t size = dtype_bytes(dtype), depth = uint64_t(tiles->depth);
@@ -110,6 +129,7 @@ struct Sm80Alone {
   static constexpr int kTileN = Stage::kTileN, kRows = kBlockM, kStepBytes = Stage::kStepBytes;
   static constexpr int kThreads = Group::kThreads;
   static constexpr bool kZerosBeyondWeights = false;  // it never looks there, and drops the sums
+  static constexpr bool kXAcross = false, kWeightsAcross = false;
 
   static std::string make_map(Tiles*) { return {}; }
 
@@ -147,13 +167,7 @@ struct Sm80Alone {
     sm80_products<dtype, Engine::kWarpRows, typename Engine::Pipeline>(
         group, shared.stage, copies, first_row, first_column, first_row < tiles.num_rows,
         ceil_div(row_bytes, kStepBytes), sums);
-    if (!tiles.sums || first_row >= tiles.num_rows) return;
-    FLASHMOE_UNROLL
-    for (int n = 0; n < Engine::kWarpRows * 2; ++n) {
-      const int row = first_row + n / 32 * 16 + gpu::lane() / 4 + n / 2 % 2 * 8;
-      const int column = n % 32 / 16 * (kTileN / 2) + first_column + n % 16 / 4 * 8 + gpu::lane() % 4 * 2 + n % 2;
-      if (row < tiles.num_rows) tiles.row_of_sums(tile, row, kTileN)[column] = sums[n / 32][n % 32];
-    }
+    store_sums<kTileN>(tiles, tile, first_row, first_column, sums);
   }
 };
 

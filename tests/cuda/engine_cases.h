@@ -42,14 +42,14 @@ uint32_t encoded(float value) {
 template <DType dtype, class T>
 std::vector<uint32_t> encoded(const std::vector<T>& values) {
   constexpr size_t kInWord = 4 / dtype_bytes(dtype);
-  std::vector<uint32_t> words(ceil_div(values.size(), kInWord));
+  std::vector<uint32_t> words(std::max<size_t>(1, ceil_div(values.size(), kInWord)));
   for (size_t i = 0; i < values.size(); ++i)
     words[i / kInWord] |= encoded<dtype>(float(values[i])) << (i % kInWord * 16);
   return words;
 }
 
 struct Integers {
-  static constexpr int kX = 200, kWeights = 300;
+  static constexpr int kX = 256, kWeights = 304;
   int depth;
   std::vector<int> x, weights, sums;  // [kX, depth], [kWeights, depth], [kX, kWeights]
 
@@ -65,11 +65,31 @@ struct Integers {
       }
   }
 
+  // As they lie in memory for this engine. Across, x has its last row first: none lies where that of the weights does.
+  template <class Alone>
+  std::vector<int> x_for() const {
+    return Alone::kXAcross ? across(x, kX, true) : x;
+  }
+  template <class Alone>
+  std::vector<int> weights_for() const {
+    return Alone::kWeightsAcross ? across(weights, kWeights, false) : weights;
+  }
+
   // All but where x, the weights and the sums lie. The second half ends beyond the last of the weights.
   template <class Alone>
   Tiles tiles(int num_rows, int num_tiles) const {
     const int half = Alone::kTileN / 2;
-    return {{}, nullptr, nullptr, kX, kWeights, depth, num_rows, num_tiles, {9, kWeights - half + 5}, 3, 8, nullptr};
+    return {{}, nullptr, nullptr, kX, kWeights, depth, num_rows, num_tiles,
+            {9, kWeights - half + 5}, 3, 8, kWeights, nullptr};
+  }
+
+ private:
+  std::vector<int> across(const std::vector<int>& rows, int num_rows, bool last_first) const {
+    std::vector<int> turned(rows.size());
+    for (int row = 0; row < num_rows; ++row)
+      for (int k = 0; k < depth; ++k)
+        turned[(last_first ? depth - 1 - k : k) * num_rows + row] = rows[row * depth + k];
+    return turned;
   }
 };
 
@@ -86,7 +106,8 @@ std::string wrong_sums(const Integers& integers, const Tiles& tiles, const std::
         const int weight = tiles.weight_row(tile, column / kHalf) + column % kHalf;
         const bool beyond = weight >= tiles.num_weights;
         if (beyond && !Alone::kZerosBeyondWeights) continue;
-        const int wanted = beyond ? 0 : integers.sums[tiles.x_row(tile, row) * tiles.num_weights + weight];
+        const int x = Alone::kXAcross ? tiles.x_column(tile) + row : tiles.x_row(tile, row);
+        const int wanted = beyond ? 0 : integers.sums[x * tiles.num_weights + weight];
         const float sum = sums[(size_t(tile) * tiles.num_rows + row) * kTileN + column];
         if (sum == float(wanted)) continue;
         const int place[3] = {tile, row, column};

@@ -3,7 +3,7 @@
 
 #include <cstdio>
 
-#include "engine_cases.h"
+#include "backward_cases.h"
 #include "engine_launch.cuh"
 
 namespace flashmoe::test {
@@ -46,8 +46,20 @@ class EngineSpeed {
       time<Sm90Alone<Sm90Narrow, DType::kBFloat16>>("narrow, weights streamed", num_rows, kStreamed, num_blocks_);
   }
 
+  // What counts as weights is matrices of kDepth rows and kWidth columns, or fewer, where it lies across.
+  void backward() {
+    constexpr DType kDType = DType::kBFloat16;
+    time<GradOfHidden<kDType>>("grad of h, weights in L2", 128, kInL2, num_blocks_);
+    time<UngatedUp<kDType>>("ungated up, weights in L2", 128, kInL2, num_blocks_);
+    time<GradOfX<kDType>>("grad of x, weights in L2", 128, kInL2, num_blocks_);
+    time<GradOfX<kDType>>("grad of x, weights streamed", 128, kStreamed, num_blocks_);
+    time<GradOfWeights<kDType>>("grad of w, rows in L2", 128, kInL2, num_blocks_);
+    time<GradOfWeights<kDType>>("grad of w, rows streamed", 128, kStreamed, num_blocks_);
+  }
+
  private:
   static constexpr int kDepth = 4096, kX = 512, kInL2 = 1024, kStreamed = 96 * 1024;  // 4, 8, 768 MiB
+  static constexpr int kWidth = 4096;
   static constexpr int kTiles = 64, kRuns = 15, kWarmUps = 3;
 
   // Not zeros: what is multiplied decides what a GPU draws, and so its clock.
@@ -63,7 +75,7 @@ class EngineSpeed {
   void time(const char* name, int num_rows, int num_weights, int num_blocks) {
     constexpr int kTileN = Alone::kTileN, kRowBytes = kDepth * dtype_bytes(DType::kBFloat16);
     const Tiles tiles{{}, x_.bytes(), weights_.bytes(), kX, num_weights, kDepth, num_rows, kTiles,
-                      {0, kTileN / 2}, kTileN, num_weights, nullptr};
+                      {0, kTileN / 2}, kTileN, num_weights, std::min(num_weights, kWidth), nullptr};
     std::vector<double> seconds;
     for (int run = -kWarmUps; run < kRuns; ++run) {
       float milliseconds = 0;
