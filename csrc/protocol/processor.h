@@ -87,10 +87,14 @@ class Processor {
       return true;
     }
     if (!c_.backward()) return false;
-    for (int position = call.rank_begin[peer]; position < call.rank_begin[peer + 1]; ++position) {
-      if (!awaits_release(position)) continue;
-      phase = Phase::kRelease, expert = position - call.rank_begin[peer];
-      seen = c_.platform.test_signal(c_.layout.release_signal_at(position));
+    // A word is looked at by one lane alone: it may change between two looks, and lanes must not part over it.
+    const int end = call.rank_begin[peer + 1];
+    for (int first = call.rank_begin[peer]; first < end; first += lanes.size()) {
+      const int position = first + lanes.rank();
+      const int before = lanes.leading(position >= end || !awaits_release(position));
+      if (before == lanes.size()) continue;
+      phase = Phase::kRelease, expert = first + before - call.rank_begin[peer];
+      seen = c_.platform.test_signal(c_.layout.release_signal_at(first + before));
       return true;
     }
     return false;
