@@ -16,8 +16,8 @@ elseif(FLASHMOE_SANITIZE STREQUAL "address")
   # What broken kernels do to memory is no matter, and there are many of them: minutes to compile.
   list(FILTER test_sources EXCLUDE REGEX "/test_simt_[a-z_]*_faults\\.cpp$")
   # The timeline's run the kernels of the other programs again, and check themselves that no note lies outside its list;
-  # the engines alone are parts of those kernels.
-  list(FILTER test_sources EXCLUDE REGEX "/test_simt_(trace|engine_alone)\\.cpp$")
+  # the engines alone are parts of those kernels, and test_simt_ways is built without optimisation.
+  list(FILTER test_sources EXCLUDE REGEX "/test_simt_(trace|engine_alone|ways)\\.cpp$")
 endif()
 if(NOT FLASHMOE_WITH_UCX)
   list(FILTER test_sources EXCLUDE REGEX "/test_ucx_[a-z_]*\\.cpp$")
@@ -32,6 +32,11 @@ foreach(source ${test_sources})
   if(name MATCHES "^test_simt_(.*ampere|engine_alone|hopper|trace|.*faults)$")
     # Many kernels, each run for moments: -O3 would compile them for longer than it spares.
     target_compile_options(${name} PRIVATE -O1)
+  endif()
+  if(name STREQUAL "test_simt_ways")
+    # One place of the source is then one place of the program, and each frame tells who called.
+    target_compile_options(${name} PRIVATE -O0 -fno-omit-frame-pointer)
+    target_compile_definitions(${name} PRIVATE FLASHMOE_SIMT_WAYS)
   endif()
   flashmoe_link_core(${name})
   if(name MATCHES "^test_cpu_" AND TARGET flashmoe_kernels_wide16)

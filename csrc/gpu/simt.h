@@ -2,6 +2,7 @@
 // a seed. Throws simt::Misuse, which names the thread and the verb, for
 //   - a standstill, or a polling that nothing can end, and who waits in which verb
 //   - threads that must act together and do not; a named barrier with the wrong participants
+//   - lanes of a warp that meet in one verb from different places of the source, if built to tell (FLASHMOE_SIMT_WAYS)
 //   - a barrier in shared memory without init or its fence, with too many arrivals or bytes, or overwritten
 //   - addresses outside shared memory or not aligned; stores beyond its end
 //   - wgmma or ldmatrix reading what cp_async, TMA or store_shared wrote, with no wait or barrier between

@@ -15,6 +15,25 @@ inline void release(Clock& to) {
 }
 inline void acquire(const Clock& from) { join(self().clock, from); }
 
+// On a GPU the lanes of a warp meet in one instruction: in another one of the same name they would wait for each other.
+// `ways`: of the meeting's warps, by which calls the first lane of each came.
+inline void check_way(Meeting& meeting, int place, const char* verb) {
+#if defined(FLASHMOE_SIMT_WAYS)
+  uint64_t mine = 0;
+  auto frame = static_cast<void* const*>(__builtin_frame_address(0));
+  for (; frame; frame = static_cast<void* const*>(frame[0]))
+    mine = (mine ^ reinterpret_cast<uintptr_t>(frame[1])) * 0x9e3779b97f4a7c15;
+  meeting.ways.resize(std::max<size_t>(meeting.ways.size(), size_t(place) / 32 + 1));
+  auto& [meetings, way] = meeting.ways[size_t(place) / 32];
+  if (meetings != meeting.number + 1)
+    meetings = meeting.number + 1, way = mine;
+  else if (way != mine)
+    throw Misuse(std::string(verb) + ": lanes of a warp come from different places");
+#else
+  (void)meeting, (void)place, (void)verb;
+#endif
+}
+
 // All `n` threads come with the same verb; each shows a value and sees the others'. `last` runs once, in whoever comes
 // last, before anyone leaves.
 template <class Last>
@@ -26,6 +45,7 @@ const std::vector<uint64_t>& meet(Meeting& meeting, int n, int place, const char
   if (meeting.arrived == 0) meeting.verb = verb;
   if (std::strcmp(meeting.verb, verb) != 0)
     throw Misuse(std::string(verb) + " while others are in " + meeting.verb + ": threads that act together diverge");
+  check_way(meeting, place, verb);
   board[place] = value;
   if (orders_memory) release(meeting.clock);
   const uint64_t number = meeting.number;

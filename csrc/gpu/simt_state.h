@@ -52,6 +52,7 @@ struct Meeting {
   uint64_t number = 0;
   const char* verb = nullptr;
   std::array<std::vector<uint64_t>, 2> board;
+  std::vector<std::pair<uint64_t, uint64_t>> ways;  // by warp: which meeting, from 1 on, and which way (check_way)
   Clock clock;
   WaitList waiting;
 };

@@ -1,5 +1,5 @@
-// A warp that looks for whom it waits comes to one answer, though what it looks at changes between its lanes' looks: who
-// parted here would wait for the others in another place, for ever.
+// A warp that looks for whom it waits comes to one answer, though what it looks at changes between its lanes' looks:
+// lanes that parted here would wait for each other in different places, for ever.
 #include "protocol/processor.h"
 #include "simt_gradients.h"
 #include "simt_run.h"
@@ -36,7 +36,8 @@ class Waiting {
     return failure(seed, 1, 64, 0, [&] {
       if (gpu::warp_in_block() == 0) {
         CudaBackwardPlatform platform(rank_.call, peers, *rank_.workspace);
-        const Processor<CudaBackwardPlatform> processor({rank_.call, layout_, *rank_.workspace, platform}, TileShape(8, 8, 8, 8));
+        const Context<CudaBackwardPlatform> context{rank_.call, layout_, *rank_.workspace, platform};
+        const Processor<CudaBackwardPlatform> processor(context, TileShape(8, 8, 8, 8));
         for (bool waits = true; waits;) {
           Phase phase = Phase::kNone;
           int expert = -1;
@@ -60,7 +61,9 @@ class Waiting {
     return l;
   }
   int first_of_peer() const { return layer_.num_experts / 2; }
-  bool is_awaited(int position) const { return std::find(awaited_.begin(), awaited_.end(), position) != awaited_.end(); }
+  bool is_awaited(int position) const {
+    return std::find(awaited_.begin(), awaited_.end(), position) != awaited_.end();
+  }
   uint64_t& word(size_t offset) { return heap_[offset / 8]; }
 
   const Layer layer_;
