@@ -169,7 +169,7 @@ class Processor {
                          make_signal(call.epoch, first), Traffic::kResults);
     });
     // Staged rows must lie still until they have landed; mapped peers have them already.
-    const uint32_t in_flight = c_.backward() ? c_.ws.blocks_in_flight : c_.ws.ring_blocks;
+    const uint32_t in_flight = c_.blocks_in_flight();
     c_.platform.release_when_landed(&c_.ws.ring_free[block.sequence % in_flight], block.sequence + in_flight);
     P::fetch_add(&c_.ws.counters->blocks_done, 1);
   }

@@ -84,15 +84,14 @@ class Scheduler {
   }
 
   FLASHMOE_ROLE uint32_t most_blocks() const {
-    return max_bundle_blocks(in_flight(), tiles_.up_tiles, c_.ws.num_workers);
+    return max_bundle_blocks(c_.blocks_in_flight(), tiles_.up_tiles, c_.ws.num_workers);
   }
   FLASHMOE_ROLE static uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
 
-  FLASHMOE_ROLE uint32_t in_flight() const { return c_.backward() ? c_.ws.blocks_in_flight : c_.ws.ring_blocks; }
   FLASHMOE_ROLE bool owns_slot(uint32_t sequence) const {
     // Of a backward call weight gradients read the rows of all blocks: none lies where another lay.
     if (c_.backward() && sequence >= c_.ws.ring_blocks) return false;
-    return P::load_acquire(&c_.ws.ring_free[sequence % in_flight()]) == sequence;
+    return P::load_acquire(&c_.ws.ring_free[sequence % c_.blocks_in_flight()]) == sequence;
   }
 
   // Whether more rows have come to a backward call than it has memory for, or blocks only wait for others to end.

@@ -70,7 +70,7 @@ FLASHMOE_ROLE size_t result_offset(const Context<P>& c, const Run& run) {
 }
 template <class P>
 FLASHMOE_ROLE std::byte* result_window(const Context<P>& c, const Run& run, uint32_t ring_slot) {
-  const uint32_t slot = c.backward() ? ring_slot % c.ws.blocks_in_flight : ring_slot;
+  const uint32_t slot = c.backward() ? ring_slot % c.blocks_in_flight() : ring_slot;
   const size_t row = size_t(slot) * kBlockM + run.row_in_block;
   std::byte* stage = c.ws.result_stage ? c.ws.result_stage + row * c.result_bytes() : nullptr;
   return c.platform.window(c.call.canonical_source(run.source_index), result_offset(c, run), stage);

@@ -249,6 +249,8 @@ struct Context {
     if constexpr (P::kBackward) return call.tag.backward();
     return false;
   }
+  // In a forward call all that the ring holds.
+  FLASHMOE_HD uint32_t blocks_in_flight() const { return backward() ? ws.blocks_in_flight : ws.ring_blocks; }
   FLASHMOE_HD BackwardTables backward_tables() const { return ws.of_backward(call); }
   FLASHMOE_HD size_t slot_bytes() const { return backward() ? call.slot_bytes() : call.row_bytes(); }
   FLASHMOE_HD size_t result_bytes() const { return backward() ? call.result_bytes() : call.row_bytes(); }
